@@ -1,0 +1,55 @@
+# Every target sets up .venv by itself, once: `make demo` on a fresh machine needs Python 3.10+ and a C++ compiler.
+#   make demo [MINUTES=5]   train a small CLIP with the fused loss and write limber_fast_demo/report.html
+#   make test               the test suite
+#   make bench              ratios against eager PyTorch, as JSON and one page
+#   make gpu                what needs a CUDA device
+#   make lint | clean
+
+PYTHON ?= python3
+VENV ?= .venv
+MINUTES ?= 5
+
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+SOURCES := pyproject.toml setup.py MANIFEST.in $(shell find csrc -type f)
+
+# An interpreter that already has torch lends it to the venv: no second download, and GPU machines keep their own build.
+SITE = $(shell $(PYTHON) -c 'import importlib.util as u; print("--system-site-packages" * bool(u.find_spec("torch")))')
+
+# A venv is ours only while its stamp, written last, names this folder and this interpreter: one half made, moved here
+# or made with another PYTHON is made anew. One whose sources changed is installed into again.
+ORIGIN := $(CURDIR) $(PYTHON)
+ifneq ($(ORIGIN),$(shell cat $(STAMP) 2>/dev/null))
+$(shell rm -f $(STAMP))
+endif
+
+.PHONY: demo test lint bench gpu clean
+.DELETE_ON_ERROR:
+
+demo: $(STAMP)
+	$(RUN) -m limber_fast demo --minutes $(MINUTES)
+
+test: $(STAMP)
+	$(RUN) -m pytest
+
+lint: $(STAMP)
+	$(RUN) -m ruff check .
+	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu')
+
+bench: $(STAMP)
+	$(RUN) -m limber_fast bench
+
+gpu: $(STAMP)
+	@if $(RUN) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  $(RUN) -m pytest -m cuda; \
+	else \
+	  echo 'make gpu: no CUDA device: nothing was run'; \
+	fi
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info limber_fast/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+
+$(STAMP): $(SOURCES)
+	test -e $@ || $(PYTHON) -m venv --clear $(SITE) $(VENV)
+	$(RUN) -m pip install --quiet -e '.[demo,bench,test,dev]'
+	echo '$(ORIGIN)' > $@

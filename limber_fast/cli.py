@@ -1,0 +1,147 @@
+"""Command line: `limber-fast demo | env | bench`. Parsing imports nothing heavy; each command imports its own needs.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from limber_fast.console import Console
+
+FAILED, INTERRUPTED = 1, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if getattr(args, "fail_over", None) is not None and args.compare is None:
+        parser.error("--fail-over needs --compare OLD.json")
+
+    from limber_fast.console import Console
+    from limber_fast.dispatch import BackendUnavailable
+
+    console = Console(quiet=args.quiet, stderr=getattr(args, "json", False))
+    try:
+        return args.run(args, console) or 0
+    except KeyboardInterrupt:
+        console.error("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our pipe left (`| head`). Python flushes stdout once more at exit: give it somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("limber_fast"):
+            raise
+        console.error(f"{args.command} needs {error.name}: pip install 'limber_fast[{args.command}]'")
+        return FAILED
+    except (BackendUnavailable, OSError) as error:
+        console.error(str(error))
+        return FAILED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser; every command's namespace carries `run(args, console) -> int | None`."""
+    parser = argparse.ArgumentParser(prog="limber-fast", description="Fused kernels for CLIP training and LiMBeR.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+
+    demo = commands.add_parser("demo", help="train a small CLIP on emoji art with the fused loss and write report.html")
+    demo.add_argument("--minutes", type=_positive(float), default=5.0, help="training budget (default: %(default)g)")
+    demo.add_argument("--seed", type=int, default=0, help="seed of weights and batches (default: %(default)s)")
+    demo.add_argument(
+        "--output", type=Path, default=Path("limber_fast_demo"), metavar="DIR", help="default: %(default)s"
+    )
+    demo.add_argument("--resume", action="store_true", help="continue from the checkpoint in the output folder")
+    demo.add_argument("--loss", choices=("auto", "cpu", "eager"), default="auto", help="backend (default: %(default)s)")
+
+    env = commands.add_parser(
+        "env", help="versions, CPU, threads, devices, and the backend of every op with the reasons"
+    )
+    env.add_argument("--json", action="store_true", help="print JSON on stdout, everything else on stderr")
+
+    bench = commands.add_parser("bench", help="time every op against eager PyTorch and write JSON and one HTML page")
+    bench.add_argument(
+        "--output", type=Path, default=Path("limber_fast_bench"), metavar="DIR", help="default: %(default)s"
+    )
+    bench.add_argument("--quick", action="store_true", help="small shapes only")
+    bench.add_argument("--compare", type=Path, metavar="OLD.json", help="an earlier run to hold this one against")
+    bench.add_argument(
+        "--fail-over", type=_percent, metavar="10%", help="with --compare: exit 1 where a ratio fell by more than this"
+    )
+    bench.add_argument("-k", dest="select", metavar="EXPR", help="run only benchmarks that match, as in pytest")
+
+    for command in (demo, bench):
+        command.add_argument("--threads", type=_positive(int), help="CPU threads (default: torch's choice)")
+    for command, run in ((demo, _demo), (env, _env), (bench, _bench)):
+        command.set_defaults(run=run)
+        command.add_argument("--quiet", action="store_true", help="print nothing but errors and JSON")
+    return parser
+
+
+def _demo(args: argparse.Namespace, console: Console) -> int | None:
+    from limber_fast import demo
+
+    return demo.main(args, console)
+
+
+def _env(args: argparse.Namespace, console: Console) -> None:
+    from limber_fast import environment
+
+    info = environment.collect()
+    if args.json:
+        print(json.dumps(info, indent=2))
+    else:
+        environment.render(info, console)
+
+
+def _bench(args: argparse.Namespace, console: Console) -> int | None:
+    checkout = Path(__file__).resolve().parent.parent
+    # A wheel's parent folder is site-packages, where some other package may own the name: look for our files.
+    folders = [root / "benchmarks" for root in (checkout, Path.cwd()) if any(root.glob("benchmarks/bench_*.py"))]
+    if not folders:
+        console.error("the benchmarks are in the source checkout, not in the wheel: run `limber-fast bench` there")
+        return FAILED
+    args.benchmarks = folders[0]
+
+    from limber_fast.report import bench
+
+    return bench.main(args, console)
+
+
+def _positive(kind: type) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be positive; got {text}")
+        return value
+
+    parse.__name__ = f"positive {kind.__name__}"  # argparse's word for the type where `kind` itself raises
+    return parse
+
+
+def _percent(text: str) -> float:
+    if not text.endswith("%"):
+        raise argparse.ArgumentTypeError(f"must be a percentage such as 10%; got {text}")
+    return _positive(float)(text[:-1]) / 100
+
+
+class _Version(argparse.Action):
+    """Asks for the version only when it is wanted: a checkout that was never installed has none."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            parser.exit(message=f"limber_fast {version('limber_fast')}\n")
+        except PackageNotFoundError:
+            parser.exit(FAILED, "limber_fast is not installed: pip install -e .\n")
