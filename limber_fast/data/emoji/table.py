@@ -1,0 +1,85 @@
+"""The concepts behind the emoji atlases: names, tags, groups, families, and who drew what."""
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One emoji without skin tones; texts are English CLDR data from emojibase.
+
+    Attributes:
+        index: position in `concepts()`, the class label of every picture of it.
+        slug: the name in lower case with hyphens, unique.
+        emoji: the characters.
+        name: the CLDR label.
+        tags: search keywords.
+        names: all reference names, `name` first, then the shortcodes of several vendors as words.
+        group, subgroup: Unicode's two levels, e.g. "animals-nature", "animal-mammal".
+        gender: "female", "male", or "" for neither or both.
+        skin_tones: how many people in the picture can take a skin tone (0, 1 or 2).
+        family: concepts whose drawings differ only in gender, direction, hair, colour, clock hand and the like.
+        split: "test" and "validation" concepts are the unseen ones of those evaluations; families are never divided.
+    """
+
+    index: int
+    slug: str
+    emoji: str
+    name: str
+    tags: tuple[str, ...]
+    names: tuple[str, ...]
+    group: str
+    subgroup: str
+    gender: str
+    skin_tones: int
+    family: str
+    split: str
+
+    @property
+    def held_out(self) -> bool:
+        """True where no picture of the concept's family may be trained on."""
+        return self.split == "test"
+
+
+@lru_cache(maxsize=1)
+def table() -> dict:
+    """The parsed concepts.json."""
+    return json.loads((files(__package__) / "concepts.json").read_text(encoding="utf-8"))
+
+
+@lru_cache(maxsize=1)
+def _concepts() -> tuple[Concept, ...]:
+    return tuple(
+        Concept(index, **(row | {"tags": tuple(row["tags"]), "names": (row["name"], *row["names"])}))
+        for index, row in enumerate(table()["concepts"])
+    )
+
+
+def concepts() -> list[Concept]:
+    """All concepts in CLDR order; `concepts()[i].index == i`."""
+    return list(_concepts())
+
+
+@lru_cache(maxsize=None)
+def atlas(style: str) -> tuple[np.ndarray, np.ndarray]:
+    """The pictures of one style, decoded once per process and read-only.
+
+    Returns:
+        images: [n, 32, 32, 3] uint8, on white.
+        concept: [n] int64, ascending.
+    """
+    from PIL import Image
+
+    cell, columns = table()["cell"], table()["columns"]
+    concept = np.asarray(next(entry["cells"] for entry in table()["styles"] if entry["name"] == style), np.int64)
+    with (files(__package__) / f"{style}.png").open("rb") as file, Image.open(file) as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    rows = len(pixels) // cell
+    images = pixels.reshape(rows, cell, columns, cell, 3).swapaxes(1, 2).reshape(-1, cell, cell, 3)[: len(concept)]
+    images, concept = np.ascontiguousarray(images), concept
+    images.flags.writeable = concept.flags.writeable = False
+    return images, concept
