@@ -1,0 +1,8 @@
+"""Fused kernels for CLIP contrastive training and LiMBeR captioning, drop-in for eager PyTorch."""
+
+from limber_fast.dispatch import BackendUnavailable, use_backend
+from limber_fast.losses import ClipLoss, SigLipLoss
+from limber_fast.ops.info_nce import InfoNceStats, info_nce
+
+__version__ = "0.1.0"
+__all__ = ["BackendUnavailable", "ClipLoss", "InfoNceStats", "SigLipLoss", "info_nce", "use_backend"]

@@ -1,0 +1,1 @@
+"""One module per backend, imported on first use by limber_fast.dispatch."""

@@ -1,0 +1,9 @@
+"""The CUDA C++ backend (CUDA tensors). It has no kernels in this release, and says so when it is asked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def info_nce_supports(request: Any) -> str:
+    return "no info_nce kernel in this release"

@@ -1,0 +1,142 @@
+"""The wording of every argument error: op, argument, contract, found, remedy. ValueError for shape and value,
+TypeError for dtype and kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def invalid(
+    op: str, argument: str, contract: str, found: str, remedy: str = "", kind: type[Exception] = ValueError
+) -> Exception:
+    return kind(f"{op}: {argument} must {contract}; got {found}" + (f"; {remedy}" if remedy else ""))
+
+
+def _shape(x: Tensor) -> str:
+    return f"shape {tuple(x.shape)}"
+
+
+def _kind(x: Any) -> str:
+    return str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+
+
+def matrix(op: str, name: str, x: Tensor, shape: str) -> None:
+    """A floating-point matrix with at least one row and one column."""
+    if not isinstance(x, Tensor):
+        raise invalid(op, name, f"be a tensor {shape}", _kind(x), kind=TypeError)
+    if not x.is_floating_point():
+        raise invalid(op, name, "be floating point", _kind(x), f"convert it: {name}.float()", kind=TypeError)
+    if x.ndim != 2:
+        raise invalid(op, name, f"be {shape}", _shape(x))
+    if x.shape[0] == 0 or x.shape[1] == 0:
+        raise invalid(op, name, f"be {shape} with at least one row and one feature", _shape(x), "skip empty batches")
+
+
+def same_features(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    """`x` has the width, dtype and device of `like`."""
+    if x.shape[1] != like.shape[1]:
+        raise invalid(op, name, f"have the D = {like.shape[1]} of {like_name}", _shape(x))
+    if x.dtype != like.dtype:
+        remedy = f"convert one: {name}.to({like_name}.dtype), or call under torch.autocast"
+        raise invalid(op, name, f"have the dtype of {like_name}, {like.dtype}", _kind(x), remedy, kind=TypeError)
+    same_device(op, name, x, like_name, like)
+
+
+def same_device(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    if x.device != like.device:
+        remedy = f"move it: {name}.to({like_name}.device)"
+        raise invalid(op, name, f"be on the device of {like_name}, {like.device}", str(x.device), remedy)
+
+
+def number(op: str, name: str, x: float | Tensor) -> None:
+    """A Python number, or a floating-point tensor with one element."""
+    if isinstance(x, Tensor):
+        if not x.is_floating_point():
+            raise invalid(op, name, "be floating point", _kind(x), kind=TypeError)
+        if x.numel() != 1:
+            raise invalid(op, name, "be a number or a tensor with one element", _shape(x))
+    elif not isinstance(x, (int, float)):
+        raise invalid(op, name, "be a number or a tensor with one element", _kind(x), kind=TypeError)
+
+
+def vector(op: str, name: str, x: Tensor, length: int, letter: str, like_name: str, like: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise invalid(op, name, f"be a tensor [{letter}]", _kind(x), kind=TypeError)
+    if x.ndim != 1 or x.shape[0] != length:
+        raise invalid(op, name, f"be [{letter}] with {letter} = {length}", _shape(x))
+    same_device(op, name, x, like_name, like)
+
+
+def integer(op: str, name: str, x: Tensor) -> None:
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise invalid(op, name, "be an integer tensor", _kind(x), f"convert it: {name}.long()", kind=TypeError)
+
+
+def constant_weights(op: str, weights: Tensor) -> None:
+    if not weights.is_floating_point():
+        raise invalid(op, "weights", "be floating point", _kind(weights), "convert it: weights.float()", kind=TypeError)
+    if weights.requires_grad:
+        raise invalid(op, "weights", "be constants", "a tensor that requires grad", "detach it: weights.detach()")
+
+
+def choice(op: str, name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise invalid(op, name, f"be one of {', '.join(map(repr, choices))}", repr(value))
+
+
+def label_smoothing(op: str, value: float, variant: str) -> None:
+    if not 0 <= value < 1:
+        raise invalid(op, "label_smoothing", "lie in [0, 1)", repr(value))
+    if value and variant == "sigmoid":
+        raise invalid(op, "label_smoothing", "be 0 with variant='sigmoid', which has no softmax to smooth", repr(value))
+
+
+def not_negative(op: str, name: str, value: float) -> None:
+    if not value >= 0:
+        raise invalid(op, name, "not be negative", repr(value), "0 turns it off")
+
+
+def square(op: str, n: int, m: int) -> None:
+    if n != m:
+        found = f"image with N = {n} rows and text with M = {m}"
+        raise invalid(op, "labels", "be given where N and M differ", found, "pass labels=[N] and symmetric=False")
+
+
+def symmetric_rectangle(op: str, n: int, m: int) -> None:
+    if n != m:
+        remedy = "text rows without a positive have no loss: pass symmetric=False"
+        raise invalid(op, "symmetric", "be False where N and M differ", f"True with N = {n}, M = {m}", remedy)
+
+
+def label_range(op: str, low: int, high: int, m: int) -> None:
+    if low < 0 or high >= m:
+        raise invalid(op, "labels", f"lie in [0, M) with M = {m}", f"values from {low} to {high}")
+
+
+def permutation(op: str, is_permutation: bool) -> None:
+    if not is_permutation:
+        remedy = "pass symmetric=False for the image-to-text loss alone"
+        raise invalid(op, "labels", "be a permutation where symmetric=True", "repeated values", remedy)
+
+
+def id_pair(op: str, ids: Any) -> None:
+    if not (isinstance(ids, (tuple, list)) and len(ids) == 2):
+        found = f"{len(ids)} of them" if isinstance(ids, (tuple, list)) else _kind(ids)
+        raise invalid(op, "ids", "be a tensor [N] or a pair (image_ids [N], text_ids [M])", found, kind=TypeError)
+
+
+def shared_ids(op: str, n: int, m: int) -> None:
+    if n != m:
+        remedy = "pass a pair (image_ids [N], text_ids [M])"
+        raise invalid(op, "ids", "be a pair where N and M differ", f"one tensor with N = {n}, M = {m}", remedy)
+
+
+def single_process(op: str, found: dict[str, Any]) -> None:
+    """Constructor arguments of a distributed loss that this class does not take on."""
+    if found:
+        given = ", ".join(f"{name}={value!r}" for name, value in found.items())
+        raise invalid(op, "the loss", "be built for one process (world_size=1, rank=0)", given)

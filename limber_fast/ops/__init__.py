@@ -1,0 +1,1 @@
+"""The contract of each op: documentation, argument checks, torch.library registration."""

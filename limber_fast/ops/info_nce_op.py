@@ -1,0 +1,241 @@
+"""`torch.ops.limber_fast.info_nce_*`: schemas, fake kernels, autograd and vmap of the InfoNCE op.
+
+The backend is chosen inside the op bodies, so torch.compile sees opaque ops. The public function, with its
+documentation and argument checks, is `limber_fast.ops.info_nce.info_nce`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from limber_fast import checks, dispatch
+
+# Fields (first index) of InfoNceState.row and .col.
+LSE_EXPONENT, LSE_REMAINDER, NLL, LOSS, DSCALE, UNIFORM = range(6)
+
+
+class InfoNceState(NamedTuple):
+    """What a forward pass leaves for the statistics and the backward pass.
+
+    Attributes:
+        row: [6, N] fp32 (fp64 for fp64 towers), one column of fields per image row:
+            LSE_EXPONENT, LSE_REMAINDER: log-sum-exp in units of log 2 and without bias, an integer and the rest in
+                [-1/2, 1/2], so that large logits cost no digits: nats = ln 2 * (exponent + remainder) + bias.
+            NLL: -log p(positive), in full relative precision. Sigmoid variant: d loss / d bias.
+            LOSS: with label smoothing. DSCALE: d LOSS / d scale. UNIFORM: eps / C, the smoothing mass per candidate.
+        col: [6, M], the same per text row; zeros where the loss has no text-to-image direction.
+        row_correct, col_correct: [N], [M] uint8, whether the positive lies strictly above every other candidate;
+            empty unless statistics were asked for.
+        cache: [cache_bytes] uint8, private to the backend that wrote it.
+    """
+
+    row: Tensor
+    col: Tensor
+    row_correct: Tensor
+    col_correct: Tensor
+    cache: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class InfoNceRequest:
+    """What a backend is told when it is asked whether it can run a call."""
+
+    device: torch.device
+    dtype: torch.dtype
+    N: int
+    M: int
+    K: int
+    D: int
+    variant: str
+    normalize: bool
+
+
+def _backend(backend: str, image: Tensor, text: Tensor, extra: Tensor | None, variant: str, normalize: bool) -> Any:
+    k = 0 if extra is None else extra.shape[0]
+    request = InfoNceRequest(image.device, image.dtype, *image.shape[:1], *text.shape[:1], k, image.shape[1], variant,
+                             normalize)  # fmt: skip
+    return dispatch.select("info_nce", request, backend)
+
+
+def _sum(x: Tensor) -> Tensor:
+    # torch splits a full sum of more than 32768 numbers by thread; shorter pieces add up alike on any thread count.
+    return x.sum() if x.numel() <= 16384 else torch.stack([piece.sum() for piece in x.split(16384)]).sum()
+
+
+def _reduce(
+    state: InfoNceState, labels: Tensor | None, weights: Tensor | None, symmetric: bool, reduction: str
+) -> Tensor:
+    row, col = state.row[LOSS], state.col[LOSS]
+    if weights is None and reduction != "none":
+        total = _sum(row) + _sum(col) if symmetric else _sum(row)
+        count = (2 if symmetric else 1) * (row.shape[0] if reduction == "mean" else 1)
+        return total / count
+    loss = (row + (col if labels is None else col[labels.long()])) / 2 if symmetric else row
+    loss = loss.clone() if weights is None else loss * weights
+    if reduction == "none":
+        return loss
+    return _sum(loss) / _sum(weights) if reduction == "mean" else _sum(loss)
+
+
+def _direction_gradients(
+    grad: Tensor, n: int, labels: Tensor | None, weights: Tensor | None, symmetric: bool, reduction: str
+) -> tuple[Tensor, Tensor | None]:
+    """d loss / d row loss [N] and, for the symmetric loss, d loss / d column loss [M]."""
+    if reduction == "mean":
+        grad = grad / (n if weights is None else _sum(weights))
+    if symmetric:
+        grad = grad / 2
+    row = (grad.expand(n) if weights is None else grad * weights).contiguous()
+    if not symmetric or labels is None:
+        return row, row if symmetric else None
+    return row, torch.empty_like(row).index_copy_(0, labels.long(), row)
+
+
+def _forward(
+    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor | None, extra_negatives: Tensor | None,
+    labels: Tensor | None, image_ids: Tensor | None, text_ids: Tensor | None, weights: Tensor | None,
+    label_smoothing: float, normalize: bool, variant: str, symmetric: bool, reduction: str, with_stats: bool,
+    cache_bytes: int, backend: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    module = _backend(backend, image, text, extra_negatives, variant, normalize)
+    state = module.info_nce_fwd(
+        image, text, extra_negatives, logit_scale, logit_bias, labels, image_ids, text_ids,
+        label_smoothing=label_smoothing, normalize=normalize, variant=variant, symmetric=symmetric,
+        with_stats=with_stats, cache_bytes=cache_bytes,
+    )  # fmt: skip
+    return _reduce(state, labels, weights, symmetric, reduction), *state
+
+
+def _forward_fake(
+    image, text, logit_scale, logit_bias, extra_negatives, labels, image_ids, text_ids, weights, label_smoothing,
+    normalize, variant, symmetric, reduction, with_stats, cache_bytes, backend,
+):  # fmt: skip
+    n, m, new = image.shape[0], text.shape[0], logit_scale.new_empty
+    loss = new(n if reduction == "none" else ())
+    correct = [image.new_empty(size if with_stats else 0, dtype=torch.uint8) for size in (n, m)]
+    return loss, new(6, n), new(6, m), *correct, image.new_empty(cache_bytes, dtype=torch.uint8)
+
+
+def _backward(
+    grad: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor | None,
+    extra_negatives: Tensor | None, labels: Tensor | None, image_ids: Tensor | None, text_ids: Tensor | None,
+    weights: Tensor | None, row: Tensor, col: Tensor, cache: Tensor, label_smoothing: float, normalize: bool,
+    variant: str, symmetric: bool, reduction: str, backend: str, needs: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    need_image, need_text, need_extra, need_scale, need_bias = needs
+    nothing = image.new_empty(0)
+    row_grad, col_grad = _direction_gradients(grad, image.shape[0], labels, weights, symmetric, reduction)
+    towers: tuple[Tensor | None, ...] = (None, None, None)
+    if need_image or need_text or need_extra:
+        state = InfoNceState(row, col, nothing, nothing, cache)
+        towers = _backend(backend, image, text, extra_negatives, variant, normalize).info_nce_bwd(
+            image, text, extra_negatives, logit_scale, logit_bias, labels, image_ids, text_ids, row_grad, col_grad,
+            state, label_smoothing=label_smoothing, normalize=normalize, variant=variant, symmetric=symmetric,
+            need_image=need_image, need_text=need_text, need_extra=need_extra,
+        )  # fmt: skip
+    d_scale = d_bias = nothing
+    if need_scale:
+        d_scale = _sum(row_grad * row[DSCALE])
+        if col_grad is not None:
+            d_scale = d_scale + _sum(col_grad * col[DSCALE])
+    if need_bias:  # a softmax is blind to a shift of its logits
+        d_bias = _sum(row_grad * row[NLL]) if variant == "sigmoid" else torch.zeros_like(logit_scale)
+    return *(nothing.clone() if x is None else x for x in towers), d_scale.clone(), d_bias.clone()
+
+
+def _backward_fake(
+    grad, image, text, logit_scale, logit_bias, extra_negatives, labels, image_ids, text_ids, weights, row, col, cache,
+    label_smoothing, normalize, variant, symmetric, reduction, backend, needs,
+):  # fmt: skip
+    towers = [image.new_empty(x.shape) if need else image.new_empty(0)
+              for need, x in zip(needs, (image, text, extra_negatives), strict=False)]  # fmt: skip
+    return *towers, *(torch.empty_like(logit_scale) if need else image.new_empty(0) for need in needs[3:])
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    tensors, options = inputs[:9], inputs[9:]
+    label_smoothing, normalize, variant, symmetric, reduction, _, _, backend = options
+    ctx.options = label_smoothing, normalize, variant, symmetric, reduction, backend
+    _, row, col, _, _, cache = output
+    ctx.save_for_backward(*tensors, row, col, cache)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 17
+    image, text, scale, bias, extra = ctx.needs_input_grad[:5]
+    needs = [image, text, extra, scale, bias]
+    gradients = torch.ops.limber_fast.info_nce_bwd(grad, *ctx.saved_tensors, *ctx.options, needs)
+    d_image, d_text, d_extra, d_scale, d_bias = (g if need else None for g, need in zip(gradients, needs, strict=True))
+    return d_image, d_text, d_scale, d_bias, d_extra, *(None,) * 12
+
+
+def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "info_nce: the gradient is not differentiable again; for second derivatives use the dense formula in "
+        "limber_fast.reference.info_nce"
+    )
+
+
+def _no_vmap(info: Any, in_dims: Any, *args: Any) -> None:
+    raise RuntimeError("info_nce: torch.vmap is not supported (rows are negatives of each other); loop over batches")
+
+
+def _int32_labels(labels: Tensor, m: int, permutation: bool) -> Tensor:
+    labels = labels.to(torch.int64)
+    checks.label_range("info_nce", int(labels.min()), int(labels.max()), m)
+    if permutation:
+        checks.permutation("info_nce", bool((torch.bincount(labels, minlength=m) == 1).all()))
+    return labels.to(torch.int32)
+
+
+def _int32_ids(image_ids: Tensor, text_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The same equalities in 32 bits: the ids themselves where they fit, else their ranks among all ids."""
+    both, limits = torch.cat([image_ids.to(torch.int64), text_ids.to(torch.int64)]), torch.iinfo(torch.int32)
+    if both.min() < limits.min or both.max() > limits.max:
+        both = both.unique(return_inverse=True)[1]
+    image_ids, text_ids = both.to(torch.int32).split([len(image_ids), len(text_ids)])
+    return image_ids.clone(), text_ids.clone()
+
+
+def _int32_like(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.int32)
+
+
+_OPTIONS = "float label_smoothing, bool normalize, str variant, bool symmetric, str reduction"
+_INPUTS = (
+    "Tensor image, Tensor text, Tensor logit_scale, Tensor? logit_bias, Tensor? extra_negatives, Tensor? labels, "
+    "Tensor? image_ids, Tensor? text_ids, Tensor? weights"
+)
+_library = torch.library.Library("limber_fast", "FRAGMENT")
+_library.define(
+    f"info_nce_fwd({_INPUTS}, {_OPTIONS}, bool with_stats, SymInt cache_bytes, str backend) -> "
+    "(Tensor loss, Tensor row, Tensor col, Tensor row_correct, Tensor col_correct, Tensor cache)"
+)
+_library.define(
+    f"info_nce_bwd(Tensor grad, {_INPUTS}, Tensor row, Tensor col, Tensor cache, {_OPTIONS}, str backend, "
+    "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define("info_nce_labels(Tensor labels, SymInt m, bool permutation) -> Tensor")
+_library.define("info_nce_ids(Tensor image_ids, Tensor text_ids) -> (Tensor, Tensor)")
+
+_KERNELS = {
+    "info_nce_fwd": (_forward, _forward_fake),
+    "info_nce_bwd": (_backward, _backward_fake),
+    "info_nce_labels": (_int32_labels, lambda labels, m, permutation: _int32_like(labels)),
+    "info_nce_ids": (_int32_ids, lambda image_ids, text_ids: (_int32_like(image_ids), _int32_like(text_ids))),
+}
+for _name, (_kernel, _fake) in _KERNELS.items():
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"limber_fast::{_name}", _fake, lib=_library)
+    torch.library.register_vmap(f"limber_fast::{_name}", _no_vmap, lib=_library)
+torch.library.register_autograd(
+    "limber_fast::info_nce_fwd", _differentiate, setup_context=_save_for_backward, lib=_library
+)
+torch.library.register_autograd("limber_fast::info_nce_bwd", _no_double_backward, lib=_library)
