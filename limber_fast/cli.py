@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from limber_fast import __version__
+
 if TYPE_CHECKING:
     from limber_fast.console import Console
 
@@ -52,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The parser; every command's namespace carries `run(args, console) -> int | None`."""
     parser = argparse.ArgumentParser(prog="limber-fast", description="Fused kernels for CLIP training and LiMBeR.")
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    parser.add_argument("--version", action="version", version=f"limber_fast {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
 
     demo = commands.add_parser("demo", help="train a small CLIP on emoji art with the fused loss and write report.html")
@@ -99,7 +101,7 @@ def _env(args: argparse.Namespace, console: Console) -> None:
 
     info = environment.collect()
     if args.json:
-        print(json.dumps(info, indent=2))
+        print(json.dumps(info, indent=2), flush=True)
     else:
         environment.render(info, console)
 
@@ -133,15 +135,3 @@ def _percent(text: str) -> float:
     if not text.endswith("%"):
         raise argparse.ArgumentTypeError(f"must be a percentage such as 10%; got {text}")
     return _positive(float)(text[:-1]) / 100
-
-
-class _Version(argparse.Action):
-    """Asks for the version only when it is wanted: a checkout that was never installed has none."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            parser.exit(message=f"limber_fast {version('limber_fast')}\n")
-        except PackageNotFoundError:
-            parser.exit(FAILED, "limber_fast is not installed: pip install -e .\n")

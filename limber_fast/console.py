@@ -37,10 +37,10 @@ class Console(RichConsole):
         if self.is_terminal:
             table = Table(*header, title=title, title_justify="left", box=box.SIMPLE, show_header=bool(header))
             for row in cells:
-                table.add_row(*(Text(cell) for cell in row))
+                table.add_row(*(Text(cell, overflow="fold") for cell in row))
             self.print(table)
             return
-        lines = [list(header), *cells] if header else cells
+        lines = [[cell.replace("\n", "; ") for cell in row] for row in ([list(header)] if header else []) + cells]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         self.out(title)
         for line in lines:

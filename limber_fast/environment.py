@@ -12,19 +12,20 @@ from typing import Any
 
 import torch
 
-from limber_fast import dispatch, native
+from limber_fast import __version__, dispatch, native
 from limber_fast.console import Console
 
-REQUIRED = ("limber_fast", "torch", "triton", "numpy", "rich")
+REQUIRED = ("torch", "triton", "numpy", "rich")
 OPTIONAL = ("torchvision", "open_clip_torch", "scikit-learn", "matplotlib", "pillow", "pytest-benchmark", "psutil")
 PEERS = ("inf-cl", "liger-kernel", "cut-cross-entropy")
 OVERRIDES = ("LIMBER_FAST_BACKEND", native.ISA_VARIABLE, "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES")
 
 
 def collect() -> dict[str, Any]:
-    """Everything this machine and installation decide, as JSON types; asks torch for CUDA devices but starts none."""
+    """Everything this machine and installation decide, as JSON types."""
     return {
         "versions": {
+            "limber_fast": __version__,
             "python": platform.python_version(),
             **{name: _version(name) for name in (*REQUIRED, *OPTIONAL, *PEERS)},
         },
@@ -49,7 +50,7 @@ def render(info: dict[str, Any], console: Console) -> None:
     console.table("Versions", (), [*versions, ("platform", info["platform"]), *info["environment"].items()])
 
     cpu, threads = info["cpu"], info["threads"]
-    isas = [(f"kernels {isa}", reason or "available") for isa, reason in cpu["isas"].items()]
+    isas = [(f"kernels {isa}", kernels["reason"] or "available") for isa, kernels in cpu["kernels"].items()]
     rows = [
         ("model", cpu["model"]),
         ("features", " ".join(cpu["features"]) or "unknown"),
@@ -61,13 +62,13 @@ def render(info: dict[str, Any], console: Console) -> None:
     console.table("CPU", (), rows)
 
     cuda = info["cuda"]
-    build = cuda["build"]
+    build, devices = cuda["build"], [(f"device {i}", _device_line(device)) for i, device in enumerate(cuda["devices"])]
     rows = [
         ("torch built for", cuda["torch"] or "no CUDA"),
-        ("limber_fast built by", f"nvcc {build['compiler']} for {build['targets']}" if build else cuda["error"]),
-        *((f"device {i}", _device_line(device)) for i, device in enumerate(cuda["devices"])),
+        ("kernels built by", f"nvcc {build['compiler']} for {build['targets']}" if build else cuda["build_error"]),
+        *(devices or [("devices", f"no CUDA device ({cuda['device_error']})")]),
     ]
-    console.table("CUDA", (), rows if cuda["devices"] else [*rows, ("devices", "no CUDA device")])
+    console.table("CUDA", (), rows)
 
     rows = []
     for op, devices in info["ops"].items():
@@ -95,7 +96,8 @@ def _version(distribution: str) -> str | None:
 
 def _cpu() -> dict[str, Any]:
     report: dict[str, Any] = {"model": _cpu_model(), "features": [], "isa": None, "error": None}
-    report["isas"] = {isa: native.isa_refusal(isa) for isa in native.ISA_FEATURES}
+    refusals = {isa: native.isa_refusal(isa) for isa in native.ISA_FEATURES}
+    report["kernels"] = {isa: {"available": reason is None, "reason": reason} for isa, reason in refusals.items()}
     try:
         report["features"] = [name for name, present in native.cpu_features().items() if present]
         report["isa"] = native.cpu_isa()
@@ -113,27 +115,45 @@ def _cpu_model() -> str:
 
 
 def _cuda() -> dict[str, Any]:
-    report: dict[str, Any] = {"torch": torch.version.cuda, "build": None, "devices": [], "error": None}
+    report: dict[str, Any] = {"torch": torch.version.cuda, "build": None, "build_error": None}
     try:
         module = native.cuda()
-        build = module.build()
-        for part in ("compiler", "runtime", "driver"):
-            build[part] = f"{build[part] // 1000}.{build[part] % 1000 // 10}" if build[part] else None
-        report["build"] = build
-        report["devices"] = [module.device_properties(index) for index in range(module.device_count())]
-    except RuntimeError as error:  # not built, or the CUDA runtime found no driver or no device
-        report["error"] = str(error)
-    return report
+    except dispatch.BackendUnavailable as error:
+        devices = [_torch_device(index) for index in range(torch.cuda.device_count())]
+        return report | {
+            "build_error": str(error),
+            "devices": devices,
+            "device_error": None if devices else "torch sees none",
+        }
+    build = module.build()
+    versions = {part: f"{build[part] // 1000}.{build[part] % 1000 // 10}" for part in ("compiler", "runtime", "driver")}
+    report["build"] = versions | {"targets": build["targets"]}
+    try:
+        devices = [module.device_properties(index) for index in range(module.device_count())]
+    except RuntimeError as error:  # the CUDA runtime's own words: no driver, no device
+        return report | {"devices": [], "device_error": str(error)}
+    return report | {"devices": devices, "device_error": None}
+
+
+def _torch_device(index: int) -> dict[str, Any]:
+    found = torch.cuda.get_device_properties(index)
+    return {
+        "name": found.name,
+        "capability": (found.major, found.minor),
+        "multiprocessors": found.multi_processor_count,
+        "memory_bytes": found.total_memory,
+    }
 
 
 def _device_line(device: dict[str, Any]) -> str:
-    # Two transfers a clock: the data rate of every GPU memory the targets have.
-    bandwidth = 2 * device["memory_clock_khz"] * 1e3 * device["memory_bus_bits"] / 8
     major, minor = device["capability"]
-    return (
-        f"{device['name']}, sm_{major}{minor}, {device['multiprocessors']} SMs at {device['clock_khz'] / 1e6:.2f} GHz, "
-        f"{device['memory_bytes'] / 2**30:.0f} GiB, {bandwidth / 1e9:.0f} GB/s nominal"
-    )
+    memory = f"{device['memory_bytes'] / 2**30:.0f} GiB"
+    line = f"{device['name']}, sm_{major}{minor}, {device['multiprocessors']} SMs, {memory}"
+    if "clock_khz" not in device:
+        return line
+    # Two transfers a clock: the data rate of every GPU memory so far.
+    bandwidth = 2 * device["memory_clock_khz"] * 1e3 * device["memory_bus_bits"] / 8
+    return f"{line}, {device['clock_khz'] / 1e6:.2f} GHz, {bandwidth / 1e9:.0f} GB/s nominal"
 
 
 def _backend(op: str, device: str) -> dict[str, Any]:
