@@ -1,0 +1,94 @@
+// Register-blocked products over packed panels: C[R x NR] (+)= A B with all of K in registers, C touched once.
+//
+// One micro-kernel serves every product of an op; only the strides of A differ:
+//   packed A panel [k][MR]        row stride 1,   k stride MR
+//   row-major tile read in place  row stride ld,  k stride 1
+//   its transpose read in place   row stride 1,   k stride ld
+// B is a packed panel [k][NR]. MR x NR is 14 x 32 on AVX-512, 6 x 16 on AVX2. Strides are in dwords (see rows.h).
+#pragma once
+#include <algorithm>
+
+#include "rows.h"
+
+namespace limber {
+
+constexpr int MR = simd::MR, NR = 2 * simd::W;
+
+// C is read and written in full vectors; gemm_tile gives the ragged edge a private tile.
+template <class Op, int R, int RS, int KS, bool ACC>
+static inline __attribute__((always_inline)) void micro(int64_t K, const float *A, const float *B, float *C, int64_t ldc) {
+  simd::vec acc[R][2];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++) {
+    acc[r][0] = acc[r][1] = simd::zero();
+    if (ACC) __builtin_prefetch(C + r * ldc), __builtin_prefetch(C + r * ldc + simd::W);  // arrives while K runs
+  }
+#pragma GCC unroll 2
+  for (int64_t k = 0; k < K; k++, A += KS, B += NR) {
+    simd::vec b0 = simd::load(B), b1 = simd::load(B + simd::W);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++) {
+      simd::vec a = simd::set1(A[r * RS]);
+      acc[r][0] = Op::madd(acc[r][0], a, b0);
+      acc[r][1] = Op::madd(acc[r][1], a, b1);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; r++) {
+    float *c = C + r * ldc;
+    if (ACC) acc[r][0] = simd::add(acc[r][0], simd::loadu(c)), acc[r][1] = simd::add(acc[r][1], simd::loadu(c + simd::W));
+    simd::storeu(c, acc[r][0]);
+    simd::storeu(c + simd::W, acc[r][1]);
+  }
+}
+
+// Every element sees the same sequence of operations whatever the height of the tile it falls in: equal rows give equal results.
+template <class Op, int RS, int KS, bool ACC>
+static __attribute__((noinline)) void micro_rows(int R, int64_t K, const float *A, const float *B, float *C, int64_t ldc) {
+  if (R == MR) return micro<Op, MR, RS, KS, ACC>(K, A, B, C, ldc);
+  for (; R >= 4; R -= 4, A += 4 * RS, C += 4 * ldc) micro<Op, 4, RS, KS, ACC>(K, A, B, C, ldc);
+  for (; R >= 1; R -= 1, A += RS, C += ldc) micro<Op, 1, RS, KS, ACC>(K, A, B, C, ldc);
+}
+
+// C[R x min(cols, NR)] = A B, or += with accumulate.
+template <class Op, int RS, int KS>
+static inline void gemm_tile(int R, int64_t K, const float *A, const float *B, float *C, int64_t ldc, int64_t cols, bool accumulate) {
+  if (cols >= NR) return accumulate ? micro_rows<Op, RS, KS, true>(R, K, A, B, C, ldc) : micro_rows<Op, RS, KS, false>(R, K, A, B, C, ldc);
+  alignas(64) float edge[MR * NR];
+  micro_rows<Op, RS, KS, false>(R, K, A, B, edge, NR);
+  for (int r = 0; r < R; r++)
+    for (int64_t j = 0; j < cols; j++) C[r * ldc + j] = edge[r * NR + j] + (accumulate ? C[r * ldc + j] : 0.f);
+}
+
+// Transposed panels: dst[panel][k][WIDTH] dwords from rows begin .. end-1, WIDTH rows a panel, zero padded; k runs over all of D.
+template <class Op, int WIDTH> static void pack_transposed(const Rows &rows, int64_t begin, int64_t end, float *dst) {
+  constexpr int W = simd::W;
+  const int64_t Kd = ceil_div(rows.D, Op::P);
+  for (int64_t p = begin; p < end; p += WIDTH, dst += Kd * WIDTH)
+    for (int h = 0; h < WIDTH; h += W)
+      for (int64_t k = 0; k < Kd; k += W) {
+        simd::vec v[W];
+        for (int i = 0; i < W; i++) v[i] = rows.load<Op>(h + i < WIDTH ? p + h + i : end, end, k * Op::P);
+        simd::transpose(v);
+        for (int i = 0; i < W && k + i < Kd; i++) simd::store_first(dst + (k + i) * WIDTH + h, v[i], WIDTH - h);
+      }
+}
+
+// Natural panel: dst[k][NR] dwords for features d .. d+NR-1 of rows begin .. end-1; k is a row, or a pair of rows for bf16.
+template <class Op> static void pack_natural(const Rows &rows, int64_t begin, int64_t end, int64_t d, float *dst) {
+  constexpr int W = simd::W;
+  for (int64_t i = begin; i < end; i += Op::P, dst += NR) {
+    if constexpr (Op::P == 1)
+      for (int h = 0; h < 2; h++) simd::store(dst + h * W, d + h * W < rows.D ? rows.load<Op>(i, end, d + h * W) : simd::zero());
+#if defined(LIMBER_ISA_AVX512)
+    else {
+      simd::vec lo, hi;
+      simd::zip_rows(rows.load<Op>(i, end, d), rows.load<Op>(i + 1, end, d), lo, hi);
+      simd::store(dst, lo);
+      simd::store(dst + W, hi);
+    }
+#endif
+  }
+}
+
+}  // namespace limber

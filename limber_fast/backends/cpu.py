@@ -1,0 +1,94 @@
+"""The CPU backend: native kernels, one module per instruction set (csrc/cpu), on torch's own OpenMP threads."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from limber_fast import native
+from limber_fast.ops.info_nce import InfoNceState
+
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+# libgomp's threads do not survive fork and a child that waits for them never returns: a forked child computes on one.
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def _threads() -> int:
+    return 1 if _forked else torch.get_num_threads()
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None or not x.numel() else x.data_ptr()
+
+
+def info_nce_supports(request: Any) -> str | None:
+    if request.dtype not in _DTYPES:
+        return f"computes in float32, bfloat16 and float16; got {str(request.dtype).removeprefix('torch.')}"
+    native.cpu()
+    return None
+
+
+def _params(
+    image: Tensor, text: Tensor, extra: Tensor | None, logit_scale: Tensor, logit_bias: Tensor | None,
+    labels: Tensor | None, image_ids: Tensor | None, text_ids: Tensor | None, row: Tensor, col: Tensor, cache: Tensor,
+    label_smoothing: float, normalize: bool, variant: str, columns: bool,
+) -> Any:  # fmt: skip
+    (n, d), m = image.shape, text.shape[0]
+    sigmoid = variant == "sigmoid"
+    return native.cpu().InfoNceParams(
+        image=image.data_ptr(), text=text.data_ptr(), extra=_address(extra),
+        N=n, M=m, K=0 if extra is None else extra.shape[0], D=d,
+        image_stride=image.stride(0), text_stride=text.stride(0), extra_stride=0 if extra is None else extra.stride(0),
+        dtype=_DTYPES[image.dtype], scale=logit_scale.item(),
+        # The softmax does not see the bias: callers add it to the log-sum-exps.
+        bias=logit_bias.item() if sigmoid and logit_bias is not None else 0.0, label_smoothing=label_smoothing,
+        normalize=normalize, sigmoid=sigmoid, columns=columns, threads=_threads(),
+        labels=_address(labels), image_ids=_address(image_ids), text_ids=_address(text_ids),
+        row_state=row.data_ptr(), col_state=_address(col), cache=_address(cache), cache_bytes=cache.numel(),
+    )  # fmt: skip
+
+
+def info_nce_fwd(
+    image: Tensor, text: Tensor, extra_negatives: Tensor | None, logit_scale: Tensor, logit_bias: Tensor | None,
+    labels: Tensor | None, image_ids: Tensor | None, text_ids: Tensor | None, *, label_smoothing: float,
+    normalize: bool, variant: str, symmetric: bool, with_stats: bool, cache_bytes: int,
+) -> InfoNceState:  # fmt: skip
+    n, m = image.shape[0], text.shape[0]
+    columns = symmetric and variant == "softmax"
+    row = torch.empty(6, n)
+    col = torch.empty(6, m) if columns else torch.zeros(6, m)
+    row_correct, col_correct = (torch.zeros(size if with_stats else 0, dtype=torch.uint8) for size in (n, m))
+    cache = torch.empty(cache_bytes, dtype=torch.uint8)
+    params = _params(image, text, extra_negatives, logit_scale, logit_bias, labels, image_ids, text_ids, row, col,
+                     cache, label_smoothing, normalize, variant, columns)  # fmt: skip
+    native.cpu().info_nce_fwd(params, _address(row_correct), _address(col_correct) if columns else 0)
+    return InfoNceState(row, col, row_correct, col_correct, cache)
+
+
+def info_nce_bwd(
+    image: Tensor, text: Tensor, extra_negatives: Tensor | None, logit_scale: Tensor, logit_bias: Tensor | None,
+    labels: Tensor | None, image_ids: Tensor | None, text_ids: Tensor | None, row_grad: Tensor,
+    col_grad: Tensor | None, state: InfoNceState, *, label_smoothing: float, normalize: bool, variant: str,
+    symmetric: bool, need_image: bool, need_text: bool, need_extra: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    def gradient(x: Tensor | None, need: bool) -> Tensor | None:
+        return torch.empty(x.shape, dtype=x.dtype) if need else None
+
+    d_image, d_text = gradient(image, need_image), gradient(text, need_text)
+    d_extra = gradient(extra_negatives, need_extra)
+    params = _params(image, text, extra_negatives, logit_scale, logit_bias, labels, image_ids, text_ids, state.row,
+                     state.col, state.cache, label_smoothing, normalize, variant, col_grad is not None)  # fmt: skip
+    native.cpu().info_nce_bwd(params, row_grad.data_ptr(), _address(col_grad), _address(d_image), _address(d_text),
+                              _address(d_extra))  # fmt: skip
+    return d_image, d_text, d_extra
