@@ -73,14 +73,17 @@ def cuda() -> ModuleType:
 
 @functools.cache
 def _choose_isa(override: str) -> str:
-    if override and override not in ISA_FEATURES:
+    if not override:
+        for isa in reversed(ISA_FEATURES):
+            if isa_refusal(isa) is None:
+                return isa
+        raise BackendUnavailable(isa_refusal("baseline"))
+    if override not in ISA_FEATURES:
         raise BackendUnavailable(f"{ISA_VARIABLE} must be one of {', '.join(ISA_FEATURES)}; got {override!r}")
-    if override and (reason := isa_refusal(override)) is not None:
+    if (reason := isa_refusal(override)) is not None:
         usable = ", ".join(available_isas()) or "none"
         raise BackendUnavailable(f"{ISA_VARIABLE}={override}: {reason}; usable here: {usable}")
-    if not override and not available_isas():
-        raise BackendUnavailable(isa_refusal("baseline"))
-    return override or available_isas()[-1]
+    return override
 
 
 @functools.cache
