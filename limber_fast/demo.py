@@ -1,0 +1,135 @@
+"""`limber-fast demo`: train a small CLIP on emoji art within a time budget, test it on another vendor, report."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from limber_fast.console import Console
+from limber_fast.data.emoji import concepts
+from limber_fast.dispatch import explain
+from limber_fast.environment import collect
+from limber_fast.evaluation.emoji import Evaluation, TestSet, evaluate
+from limber_fast.models.clip import SmallClip, SmallClipConfig
+from limber_fast.models.tokenizer import WordTokenizer
+from limber_fast.report.demo import (
+    TIMING_HEADER,
+    ZERO_SHOT_HEADER,
+    timing_rows,
+    write_report,
+    write_result,
+    zero_shot_rows,
+)
+from limber_fast.report.loss_timing import SIZES, Point, sweep
+from limber_fast.training.batches import ConceptBatches
+from limber_fast.training.captions import CaptionSampler
+from limber_fast.training.checkpoint import CheckpointError, load_checkpoint
+from limber_fast.training.config import TrainConfig
+from limber_fast.training.drawings import Drawings
+from limber_fast.training.interrupt import EXIT_CODE
+from limber_fast.training.trainer import Trainer
+
+FAILED = 1
+# The loss is timed for a third of the training time, and never longer than this.
+TIMING_SECONDS = 100.0
+
+
+def build_trainer(config: TrainConfig, train: Drawings) -> Trainer:
+    """Model, vocabulary and batches for `train`, from the config's seed."""
+    torch.manual_seed(config.seed)
+    known = concepts()
+    texts = CaptionSampler.all_texts([known[i] for i in torch.unique(train.concept).tolist()])
+    tokenizer = WordTokenizer.from_captions(texts, SmallClipConfig.context_length)
+    batches = ConceptBatches(train.images, train.concept.tolist(), known, tokenizer, config)
+    return Trainer(SmallClip(SmallClipConfig(vocab_size=tokenizer.vocab_size)), tokenizer, batches, config)
+
+
+def load_model(checkpoint: Path) -> tuple[SmallClip, WordTokenizer]:
+    """The averaged model of a checkpoint in evaluation mode, and its tokenizer."""
+    state = load_checkpoint(checkpoint)
+    config = SmallClipConfig(**state["model_config"])
+    model = SmallClip(config)
+    model.load_state_dict({**state["model"], **state["average"]})
+    return model.eval(), WordTokenizer(state["words"], config.context_length)
+
+
+def main(args: argparse.Namespace, console: Console) -> int:
+    """Run the demo; args: minutes, seed, output, resume, threads, loss. Returns the exit code."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    folder, checkpoint = Path(args.output), Path(args.output) / "checkpoint.pt"
+    config = TrainConfig(minutes=args.minutes, seed=args.seed, backend=args.loss)
+    test_set = TestSet.shipped()
+    trainer = build_trainer(config, test_set.train)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if args.resume and checkpoint.exists():
+            trainer.restore(load_checkpoint(checkpoint))
+            console.print(f"resumed at step {trainer.step}, {trainer.budget.spent / 60:.1f} minutes spent")
+    except CheckpointError as error:
+        console.error(f"{error}; run without --resume to start anew")
+        return FAILED
+
+    if not _train(trainer, folder, console):
+        console.print(f"stopped at step {trainer.step}; {checkpoint} is whole: go on with --resume")
+        return EXIT_CODE
+    console.print("testing on fluent-emoji-flat")
+    found = evaluate(trainer.averaged_model(), trainer.tokenizer, test_set, seed=config.seed)
+    console.table("Zero-shot, percent", ZERO_SHOT_HEADER, zero_shot_rows(found))
+    points = _time_loss(config, console)
+    console.table("Loss, forward + backward", TIMING_HEADER, timing_rows(points))
+    _write(folder, trainer, found, points)
+    console.print(f"{folder / 'report.html'}")
+    return 0
+
+
+def _train(trainer: Trainer, folder: Path, console: Console) -> bool:
+    with console.progress("training", 1.0) as update:
+
+        def watch(fraction: float, values: dict[str, float]) -> None:
+            update(fraction, step=trainer.step, loss=values["loss"], scale=values["scale"], accuracy=values["accuracy"])
+
+        return trainer.run(folder, watch)
+
+
+def _time_loss(config: TrainConfig, console: Console) -> list[Point]:
+    budget, points = min(TIMING_SECONDS, 60 * config.minutes / 3), []
+    start = time.monotonic()
+    with console.progress("timing the loss", len(SIZES) * 4) as update:
+        for point in sweep(torch.get_num_threads(), budget, "auto" if config.backend == "eager" else config.backend):
+            points.append(point)
+            update(len(points), N=point.n, dtype=point.dtype, seconds=time.monotonic() - start)
+    return points
+
+
+def _write(folder: Path, trainer: Trainer, found: Evaluation, points: list[Point]) -> None:
+    environment = collect()
+    chosen = "eager" if trainer.config.backend == "eager" else explain("info_nce", "cpu")[0]
+    batch = trainer.config.concepts_per_batch * trainer.config.images_per_concept
+    seconds = trainer.budget.spent
+    run = {
+        "settings": trainer.config.to_dict(),
+        "threads": torch.get_num_threads(),
+        "loss": chosen,
+        "training": {
+            "steps": trainer.step,
+            "seconds": seconds,
+            "batch": batch,
+            "images": trainer.step * batch,
+            "images_per_second": trainer.step * batch / seconds,
+            "parameters": sum(p.numel() for p in trainer.model.parameters()),
+            "last": trainer.history.rows[-1],
+        },
+        "machine": {
+            "processor": environment["cpu"]["model"],
+            "kernels": environment["cpu"]["isa"] or "none built",
+            "threads": str(torch.get_num_threads()),
+            "platform": environment["platform"],
+            **{name: version for name, version in environment["versions"].items() if version},
+        },
+    }
+    write_result(folder / "result.json", run, found, points)
+    write_report(folder / "report.html", run, trainer.history.rows, found, points)

@@ -1,0 +1,1 @@
+"""Zero-shot classification, its baselines, and a linear probe."""

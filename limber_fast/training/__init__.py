@@ -1,0 +1,1 @@
+"""Training of the small CLIP within a budget of wall time."""

@@ -1,0 +1,97 @@
+"""Every setting of a training run, checked once.
+
+The values were chosen on a split of the training vendors alone (`TestSet.validation`), never on the test vendor;
+`training/SETTINGS.md` lists the trials.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+
+def _check(owner: str, values: dict[str, float], low: float, high: float) -> None:
+    for name, value in values.items():
+        if not low <= value <= high:
+            raise ValueError(f"{owner}: {name} must lie in [{low:g}, {high:g}]; got {value!r}")
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Strength of the image augmentation; lengths are fractions of the image side."""
+
+    scale_low: float = 0.85
+    scale_high: float = 1.3
+    aspect: float = 0.15
+    rotation_degrees: float = 15.0
+    shift: float = 0.08
+    flip: float = 0.1
+    elastic: float = 0.03
+    hue: float = 0.25
+    hue_degrees: float = 180.0
+    saturation_low: float = 0.7
+    saturation_high: float = 1.3
+    gray: float = 0.1
+    channel_gain: float = 0.15
+
+    def __post_init__(self) -> None:
+        _check("AugmentConfig", {"flip": self.flip, "hue": self.hue, "gray": self.gray}, 0, 1)
+        if not 0 < self.scale_low <= self.scale_high:
+            raise ValueError(f"AugmentConfig: 0 < scale_low <= scale_high; got {self.scale_low}, {self.scale_high}")
+
+
+@dataclass(frozen=True)
+class CaptionConfig:
+    """How often a caption is the name, and what is added to it."""
+
+    name: float = 0.75
+    with_tags: float = 0.3
+    with_subgroup: float = 0.2
+    max_tags: int = 4
+
+    def __post_init__(self) -> None:
+        rates = {"name": self.name, "with_tags": self.with_tags, "with_subgroup": self.with_subgroup}
+        _check("CaptionConfig", rates, 0, 1)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. `minutes` is wall time spent in steps; the schedule follows the fraction spent.
+
+    Raises: ValueError naming the field and the range it must lie in.
+    """
+
+    minutes: float = 5.0
+    seed: int = 0
+    concepts_per_batch: int = 128
+    images_per_concept: int = 2
+    learning_rate: float = 2e-3
+    beta1: float = 0.9
+    beta2: float = 0.98
+    weight_decay: float = 0.05
+    warmup: float = 0.08
+    grad_clip: float = 1.0
+    ema: float = 0.99
+    image_weight: float = 0.3
+    backend: str = "auto"
+    save_every_seconds: float = 30.0
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    captions: CaptionConfig = field(default_factory=CaptionConfig)
+
+    def __post_init__(self) -> None:
+        _check("TrainConfig", {"minutes": self.minutes}, 1e-3, 1e5)
+        _check("TrainConfig", {"concepts_per_batch": self.concepts_per_batch}, 2, 1e6)
+        _check("TrainConfig", {"images_per_concept": self.images_per_concept}, 2, 16)
+        _check("TrainConfig", {"learning_rate": self.learning_rate, "grad_clip": self.grad_clip}, 1e-8, 1e3)
+        rates = {"beta1": self.beta1, "beta2": self.beta2, "warmup": self.warmup, "ema": self.ema}
+        _check("TrainConfig", rates, 0, 0.9999)
+        _check("TrainConfig", {"weight_decay": self.weight_decay, "image_weight": self.image_weight}, 0, 10)
+
+    def to_dict(self) -> dict:
+        """Plain numbers and strings, for checkpoints and reports."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> TrainConfig:
+        """The inverse of `to_dict`."""
+        nested = {"augment": AugmentConfig(**values["augment"]), "captions": CaptionConfig(**values["captions"])}
+        return cls(**{**values, **nested})

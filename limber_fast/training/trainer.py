@@ -1,0 +1,143 @@
+"""One training run: steps until the time budget is spent, checkpoints on the way, resumable."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from limber_fast import info_nce
+from limber_fast.models.clip import SmallClip, SmallClipConfig
+from limber_fast.models.tokenizer import WordTokenizer
+from limber_fast.training.batches import Batch, ConceptBatches
+from limber_fast.training.checkpoint import save_checkpoint
+from limber_fast.training.config import TrainConfig
+from limber_fast.training.ema import WeightAverage
+from limber_fast.training.history import History
+from limber_fast.training.interrupt import InterruptGuard
+from limber_fast.training.schedule import TimeBudget, warmup_cosine
+
+Watch = Callable[[float, dict[str, float]], None]
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Weight decay on matrices and filters only: gains, biases, positions and the scale stay free."""
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        (free if parameter.ndim < 2 or "positional" in name else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+
+
+class Trainer:
+    """Trains `model` with id-masked InfoNCE between images and captions, and between two styles of a concept.
+
+    Args:
+        clock: seconds; replace it only to compare settings on a busy machine.
+    """
+
+    def __init__(self, model: SmallClip, tokenizer: WordTokenizer, batches: ConceptBatches, config: TrainConfig,
+                 clock: Callable[[], float] = time.perf_counter):  # fmt: skip
+        self.model, self.tokenizer, self.batches, self.config = model, tokenizer, batches, config
+        self.step = 0
+        self.average = WeightAverage(model, config.ema)
+        self.history = History()
+        self.budget = TimeBudget(60 * config.minutes, clock=clock)
+        betas = (config.beta1, config.beta2)
+        groups = parameter_groups(model, config.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, config.learning_rate, betas, eps=1e-6, fused=True)
+
+    def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The training loss of a batch and what the progress bar shows of it."""
+        config, model = self.config, self.model
+        with torch.autocast("cpu", torch.bfloat16):
+            image, text = model.encode_image(batch.images), model.encode_text(batch.tokens)
+        scale = model.logit_scale.exp()
+        options = {"normalize": True, "backend": config.backend}
+        image_text, stats = info_nce(image, text, scale, ids=batch.ids, return_stats=True, **options)
+        views = image.chunk(config.images_per_concept)
+        pairs = [info_nce(a, b, scale, **options) for a, b in pairwise(views)]
+        image_image = sum(pairs) / len(pairs)
+        loss = image_text + config.image_weight * image_image
+        shown = {"loss": loss, "image_text_loss": image_text, "image_image_loss": image_image, "scale": scale,
+                 "accuracy": stats.image_accuracy}  # fmt: skip
+        return loss, shown
+
+    def train_step(self) -> dict[str, float]:
+        """One optimiser step at the learning rate of the time spent so far."""
+        rate = self.config.learning_rate * warmup_cosine(self.budget.fraction, self.config.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss, shown = self.losses(self.batches(self.step))
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        self.optimizer.step()
+        self.model.clamp_logit_scale_()
+        self.step += 1
+        self.average.update(self.model, self.step)
+        return {**{name: float(value.detach()) for name, value in shown.items()}, "learning_rate": rate}
+
+    def run(self, folder: Path, watch: Watch = lambda fraction, values: None) -> bool:
+        """Train until the budget is spent or Ctrl-C; `checkpoint.pt` and `train.csv` in `folder` are then up to date.
+
+        Returns: True when the budget was spent, False when interrupted.
+        """
+        self.model.train()
+        saved_at = self.budget.spent
+        with InterruptGuard() as guard:
+            self.budget.start()
+            while self.budget.fraction < 1 and not guard.requested:
+                values = self.train_step()
+                self.history.add(self.step, self.budget.spent, self.budget.fraction, values)
+                watch(self.budget.fraction, self.history.smooth)
+                if self.budget.spent - saved_at >= self.config.save_every_seconds:
+                    self.budget.pause()
+                    self.save(folder)
+                    saved_at = self.budget.spent
+                    self.budget.start()
+            self.budget.pause()
+            self.history.close(self.step, self.budget.spent)
+            self.save(folder)
+        return self.budget.fraction >= 1
+
+    def averaged_model(self) -> SmallClip:
+        """A copy of the model with averaged weights, in evaluation mode."""
+        model = copy.deepcopy(self.model)
+        self.average.copy_to(model)
+        return model.eval()
+
+    def save(self, folder: Path) -> None:
+        """Write `checkpoint.pt` and `train.csv`."""
+        state = {
+            "train_config": self.config.to_dict(),
+            "model_config": vars(self.model.config).copy(),
+            "words": self.tokenizer.words,
+            "model": self.model.state_dict(),
+            "average": self.average.tensors,
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.budget.spent,
+            "history": self.history.rows,
+        }
+        save_checkpoint(folder / "checkpoint.pt", state)
+        self.history.write_csv(folder / "train.csv")
+
+    def restore(self, state: dict) -> None:
+        """Go on from a checkpoint: weights, average, optimiser, step and time spent.
+
+        Raises: ValueError when the checkpoint is of other sizes or another vocabulary.
+        """
+        if SmallClipConfig(**state["model_config"]) != self.model.config or state["words"] != self.tokenizer.words:
+            raise ValueError("restore: the checkpoint has other sizes or another vocabulary than this run")
+        self.model.load_state_dict(state["model"])
+        for name, tensor in self.average.tensors.items():
+            tensor.copy_(state["average"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+        self.budget = TimeBudget(self.budget.seconds, state["seconds"], self.budget._clock)
+        self.history = History(state["history"])
