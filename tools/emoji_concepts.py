@@ -10,8 +10,8 @@ from emoji_packages import RECORDS, IconSet, Package
 
 PRESETS = ("cldr", "emojibase", "emojibase-legacy", "github", "iamcal", "joypixels")
 TONE = re.compile(r"(^|-)(light|medium|dark)(-|$)|skin-tone")
-MALE = {"man", "men", "man’s", "men’s", "boy", "prince", "merman", "santa", "male"}
-FEMALE = {"woman", "women", "woman’s", "women’s", "girl", "princess", "mermaid", "mrs.", "female"}
+MALE = {"man", "men", "boy", "prince", "merman", "santa", "male"}
+FEMALE = {"woman", "women", "girl", "princess", "mermaid", "mrs.", "female"}
 
 
 def bare(hexcode: str) -> str:
@@ -97,9 +97,11 @@ class Matcher:
         self.by_words = self._unique((squeeze(concept["name"]), i) for i, concept in enumerate(concepts))
         unicode_names = package.json("meta/unicode-names.json").items()
         self.by_unicode = self._unique(
-            (squeeze(name), self.by_hexcode[bare(code)]) for code, name in unicode_names if bare(code) in self.by_hexcode
+            (squeeze(name), index)
+            for code, name in unicode_names
+            if (index := self.by_hexcode.get(bare(code))) is not None
         )
-        self.by_shortcode = self._unique((squeeze(n), i) for i, concept in enumerate(concepts) for n in concept["names"])
+        self.by_shortcode = self._unique((squeeze(n), i) for i, found in enumerate(concepts) for n in found["names"])
         self.by_hand = json.loads((Path(__file__).parent / "emoji_slugs.json").read_text(encoding="utf-8"))
 
     @staticmethod

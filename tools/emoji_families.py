@@ -1,4 +1,4 @@
-"""Families: concepts whose drawings differ only in gender, direction, hair, colour, hand of a clock, ... and the split by them."""
+"""Families: concepts whose drawings differ only in gender, direction, hair, colour and the like. And the split by them."""
 
 import hashlib
 import re
@@ -7,7 +7,7 @@ from collections import defaultdict
 # People of three genders, and the same people with other hair, are one person here.
 ADULTS = re.compile(r"\b(1F468|1F469|1F9D1|1F471|1F9D4)\b")
 DROPPED_PARTS = {"2640", "2642", "27A1", "1F9B0", "1F9B1", "1F9B2", "1F9B3"}  # gender signs, "facing right", hair
-DIRECTIONS = {"left", "right", "up", "down", "upper", "lower", "leftwards", "rightwards", "upwards", "downwards", "facing"}
+DIRECTIONS = {"left", "right", "up", "down", "leftwards", "rightwards", "upwards", "downwards", "facing"}
 COLOURS = {"red", "orange", "yellow", "green", "blue", "purple", "brown", "black", "white", "grey", "pink"}
 SIZES = {"large", "medium", "small"}
 # Gendered pairs and series that neither code points nor words show: a pattern on the label, and the name of the series.
@@ -20,7 +20,7 @@ SERIES = [
     (r"^(breast-feeding|(man|woman|person) feeding baby)$", "feeding"),
     (r"^(man|woman) dancing$", "dancing"),
     (r"^(people|women|men|woman and man) holding hands$", "holding hands"),
-    (r"^(wo)?men’s room$", "room"),
+    (r"^(wo)?men.s room$", "room"),
     (r"^kiss(: .*)?$", "kiss"),
     (r"^couple with heart", "couple with heart"),
     (r"^family(: .*)?$", "family"),
@@ -34,6 +34,15 @@ SERIES = [
     (r"\(blood type\)$", "blood type"),
     (r"^hourglass (not )?done$", "hourglass"),
     (r"^\w+ place medal$", "place medal"),
+    (r"^(yen|dollar|euro|pound) banknote$", "banknote"),
+    (r"^(person|man|woman) (frowning|pouting)$", "frowning"),
+    (r"^flag: (Indonesia|Monaco)$", "flag of two bars"),
+    (r"^(see|hear|speak)-no-evil monkey$", "no-evil monkey"),
+    (r"^(tear-off )?calendar$", "calendar"),
+    (r"^bell( with slash)?$", "bell"),
+    (r"^camera( with flash)?$", "camera"),
+    (r"^airplane (arrival|departure)$", "airplane"),
+    (r"^(star of David|dotted six-pointed star)$", "six-pointed star"),
     (r"^(closed|green|blue|orange) book$", "book"),
     (r"^(open )?file folder$", "file folder"),
     (r"^(in|out)box tray$", "tray"),
@@ -61,12 +70,13 @@ def keys(concept: dict) -> list[tuple]:
     words = [word for word in re.split(r"[\s-]+", label.lower().replace("light blue", "blue")) if word]
     for dropped in (DIRECTIONS, COLOURS | SIZES):
         rest = [word for word in words if word not in dropped]
-        if rest and concept["group"] != "people-body" or dropped is DIRECTIONS and rest:
+        # Colours of people are hair, which the code point shows; "white cane" is no colour variant of "cane".
+        if rest and (dropped is DIRECTIONS or concept["group"] != "people-body"):
             found.append(("words", subgroup, *rest))
     if subgroup in WHOLE_SUBGROUPS:
         found.append(("subgroup", subgroup))
-    if subgroup == "arrow" and rest and label.split()[-1] == "arrow" or subgroup == "arrow" and "arrows" in label:
-        found.append(("words", "arrow", label.split()[-1]))
+    if subgroup == "arrow" and label.endswith("arrow"):
+        found.append(("series", "arrow"))
     if re.fullmatch(r"1F5(5[0-9A-F]|6[0-7])", code):
         found.append(("series", "clock"))
     return found

@@ -1,7 +1,7 @@
 """Emoji in six vendors' styles as image-text pairs: one concept, several drawings, human-written names.
 
-Train on `TRAIN_STYLES`, test on `TEST_STYLE`: the vendors' styles are the distribution shift. A tenth of the concepts is
-held out by family. Settings are chosen with `fold="train"` and `fold="validation"`, which never touch the test.
+Train on `TRAIN_STYLES`, test on `TEST_STYLE`: the vendors' styles are the distribution shift. A tenth of the test's
+concepts is held out by family. `fold="train"` and `fold="validation"`, for choosing settings, never touch the test.
 
     from limber_fast.data import emoji
 
@@ -12,7 +12,7 @@ held out by family. Settings are chosen with `fold="train"` and `fold="validatio
 """
 
 from .dataset import FOLDS, STYLES, TEST_STYLE, TRAIN_STYLES, VALIDATION_STYLE, EmojiDataset
-from .table import Concept, concepts
+from .table import Concept, concepts, credits
 
 __all__ = [
     "FOLDS",
@@ -23,4 +23,5 @@ __all__ = [
     "Concept",
     "EmojiDataset",
     "concepts",
+    "credits",
 ]

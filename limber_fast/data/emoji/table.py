@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from importlib.resources import files
 
 import numpy as np
@@ -45,13 +45,13 @@ class Concept:
         return self.split == "test"
 
 
-@lru_cache(maxsize=1)
+@cache
 def table() -> dict:
     """The parsed concepts.json."""
     return json.loads((files(__package__) / "concepts.json").read_text(encoding="utf-8"))
 
 
-@lru_cache(maxsize=1)
+@cache
 def _concepts() -> tuple[Concept, ...]:
     return tuple(
         Concept(index, **(row | {"tags": tuple(row["tags"]), "names": (row["name"], *row["names"])}))
@@ -64,7 +64,14 @@ def concepts() -> list[Concept]:
     return list(_concepts())
 
 
-@lru_cache(maxsize=None)
+def credits() -> list[str]:
+    """One line per style with artist, licence and source: show it wherever the pictures are shown."""
+    return [
+        f"{style['name']}: {style['attribution']}, {style['licence']}, {style['source']}" for style in table()["styles"]
+    ]
+
+
+@cache
 def atlas(style: str) -> tuple[np.ndarray, np.ndarray]:
     """The pictures of one style, decoded once per process and read-only.
 
@@ -80,6 +87,6 @@ def atlas(style: str) -> tuple[np.ndarray, np.ndarray]:
         pixels = np.asarray(picture.convert("RGB"))
     rows = len(pixels) // cell
     images = pixels.reshape(rows, cell, columns, cell, 3).swapaxes(1, 2).reshape(-1, cell, cell, 3)[: len(concept)]
-    images, concept = np.ascontiguousarray(images), concept
+    images = np.ascontiguousarray(images)
     images.flags.writeable = concept.flags.writeable = False
     return images, concept
