@@ -1,4 +1,4 @@
-"""Families: concepts whose drawings differ only in gender, direction, hair, colour and the like. And the split by them."""
+"""Families: concepts whose drawings differ only in gender, direction, hair, colour and the like; the split by them."""
 
 import hashlib
 import re
