@@ -76,10 +76,6 @@ def _load(op: str, request: Any, backend: str) -> tuple[ModuleType | None, str]:
         reason = getattr(module, f"{op}_supports")(request)
     except BackendUnavailable as unavailable:  # a native module that is missing, or an override it cannot satisfy
         return None, str(unavailable)
-    except ModuleNotFoundError as missing:
-        if missing.name != f"limber_fast.backends.{backend}":
-            raise
-        return None, "not part of this installation"
     return (module, "") if reason is None else (None, reason)
 
 

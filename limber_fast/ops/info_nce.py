@@ -150,7 +150,7 @@ def info_nce(
         # Every backend fits one value per pair, padded to its tiles, in this; the budget bounds it at any size.
         candidates = m + (0 if extra_negatives is None else extra_negatives.shape[0])
         cache_bytes = min(int(cache_mb * 2**20), (n + 64) * (candidates + 1024) * 4)
-    loss, row, col, row_correct, col_correct, _ = torch.ops.limber_fast.info_nce_fwd(
+    loss, row, col, row_correct, col_correct, _ = torch.ops.limber_fast.info_nce_fwd.default(
         image, text, logit_scale, logit_bias, extra_negatives, labels, image_ids, text_ids, weights,
         float(label_smoothing), normalize, variant, symmetric, reduction, return_stats, cache_bytes,
         dispatch.preferred(backend),

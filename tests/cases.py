@@ -1,0 +1,103 @@
+"""Shapes, data and error bounds of the ops, shared by tests and benchmarks."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# N, M, D: every ragged size in every place, and no multiple of a tile.
+SQUARE = ((1, 1, 7), (7, 7, 1), (7, 7, 2048), (123, 123, 640), (640, 640, 123), (1023, 1023, 7))
+RECTANGULAR = ((1, 123, 7), (7, 1, 123), (123, 640, 1), (640, 7, 123), (1023, 123, 640), (123, 1023, 64))
+LARGE = (2048, 2048, 123)
+
+# Relative error that is granted without a comparison: about one rounding of the result in its own dtype (fp32: the
+# 1e-6 of the design). Everything above it must stay within twice the error of eager PyTorch in the same dtype.
+FLOOR = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float64: 1e-12}
+
+
+def _directions(rows: int, d: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(rows, d, generator=generator, dtype=torch.float64), dim=1)
+
+
+def unit(n: int, m: int, d: int) -> tuple[Tensor, Tensor, float]:
+    """Random directions at CLIP's initial scale."""
+    return _directions(n, d, 1), _directions(m, d, 2), 1 / 0.07
+
+
+def below(n: int, m: int, d: int) -> tuple[Tensor, Tensor, float]:
+    """All similarities below -0.04 at scale 100: a kernel that shifts by the largest possible logit underflows."""
+    axis = F.one_hot(torch.tensor(0), d).double()
+    image, text = axis + 0.4 * _directions(n, d, 3), -axis + 0.4 * _directions(m, d, 4)
+    return F.normalize(image, dim=1), F.normalize(text, dim=1), 100.0
+
+
+def wild(n: int, m: int, d: int) -> tuple[Tensor, Tensor, float]:
+    """Row norms over four decades: logits from 1e-3 to 1e4 side by side in one tile."""
+    generator = torch.Generator().manual_seed(5)
+    norms = [10 ** (torch.rand(rows, 1, generator=generator, dtype=torch.float64) * 2 - 1) for rows in (n, m)]
+    return _directions(n, d, 6) * norms[0], _directions(m, d, 7) * norms[1], 100.0
+
+
+def offset(n: int, m: int, d: int) -> tuple[Tensor, Tensor, float]:
+    """A shared component that makes every similarity nearly 1: what d loss / d scale sees is the small rest."""
+    axis = F.one_hot(torch.tensor(d - 1), d).double()
+    image, text = axis + 0.1 * _directions(n, d, 8), axis + 0.1 * _directions(m, d, 9)
+    return F.normalize(image, dim=1), F.normalize(text, dim=1), 100.0
+
+
+def converged(n: int, m: int, d: int) -> tuple[Tensor, Tensor, float]:
+    """Pairs that agree, at scale 100: losses far below the rounding error of the log-sum-exp."""
+    image = _directions(n, d, 10)
+    return image, F.normalize(image[torch.arange(m) % n] + 0.1 * _directions(m, d, 11), dim=1), 100.0
+
+
+DATA = {f.__name__: f for f in (unit, below, wild, offset, converged)}
+
+
+@lru_cache(maxsize=64)
+def towers(data: str, n: int, m: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+    """image [n, d], text [m, d] in `dtype` and the logit scale of a named kind of data."""
+    image, text, scale = DATA[data](n, m, d)
+    return image.to(dtype), text.to(dtype), scale
+
+
+def permutation(n: int, seed: int = 12) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+
+
+def labels(n: int, m: int, seed: int = 13) -> Tensor:
+    return torch.randint(m, (n,), generator=torch.Generator().manual_seed(seed))
+
+
+def errors(found: Tensor, true: Tensor) -> tuple[float, float]:
+    """Relative error of `found` in the Euclidean norm and in the largest entry."""
+    difference, true = found.double() - true.double(), true.double()
+    return tuple(
+        (norm(difference) / norm(true).clamp_min(torch.finfo(torch.float64).tiny)).item()
+        for norm in (torch.linalg.vector_norm, lambda x: x.abs().max())
+    )
+
+
+def eager_info_nce(
+    image: Tensor, text: Tensor, logit_scale: Tensor, *, logit_bias: Tensor | None = None,
+    labels: Tensor | None = None, normalize: bool = False, variant: str = "softmax", symmetric: bool = True,
+) -> Tensor:  # fmt: skip
+    """Per-row loss as a careful engineer writes it in eager PyTorch: one logits matrix, losses in fp32."""
+    if normalize:
+        image, text = F.normalize(image, dim=1), F.normalize(text, dim=1)
+    logits = ((logit_scale * image) @ text.T).float()
+    logits = logits if logit_bias is None else logits + logit_bias
+    column = torch.arange(len(image)) if labels is None else labels
+    if variant == "sigmoid":
+        sign = 2 * F.one_hot(column, len(text)).to(logits.dtype) - 1
+        return -F.logsigmoid(sign * logits).sum(1)
+    loss = F.cross_entropy(logits, column, reduction="none")
+    if not symmetric:
+        return loss
+    return (loss + F.cross_entropy(logits.T, column.argsort(), reduction="none")[column]) / 2

@@ -1,0 +1,58 @@
+"""Every engine (backend and, on the CPU, instruction set) as a fixture, and outputs that start as NaN."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from limber_fast import native
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+OWN_KERNELS = [f"cpu-{isa}" for isa in native.available_isas()]
+ENGINES = ["eager", *OWN_KERNELS]
+
+
+def _select(engine: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    backend, _, isa = engine.partition("-")
+    if isa:
+        monkeypatch.setenv(native.ISA_VARIABLE, isa)
+    return backend
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The `backend=` of every engine that runs here; the instruction set is set in the environment."""
+    return _select(request.param, monkeypatch)
+
+
+@pytest.fixture(params=OWN_KERNELS or [pytest.param("", marks=pytest.mark.skip(reason="no native module was built"))])
+def own_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The engines whose arithmetic is this project's own, with its promises about threads and forks."""
+    return _select(request.param, monkeypatch)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uninitialised tensors hold NaN (bytes: 255), so that an element nobody writes, or reads too early, shows."""
+
+    def poison(allocate):
+        def allocate_poisoned(*args, **kwargs):
+            x = allocate(*args, **kwargs)
+            return x.fill_(torch.nan) if x.is_floating_point() else x.fill_(torch.iinfo(x.dtype).max)
+
+        return allocate_poisoned
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+@pytest.fixture
+def threads():
+    """torch.set_num_threads for the length of a test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

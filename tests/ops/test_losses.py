@@ -1,0 +1,63 @@
+"""ClipLoss and SigLipLoss against open_clip's own classes."""
+
+from __future__ import annotations
+
+import inspect
+
+import cases
+import pytest
+import torch
+
+import limber_fast
+
+open_clip = pytest.importorskip("open_clip.loss")
+
+
+@pytest.mark.parametrize("name", ["ClipLoss", "SigLipLoss"])
+@pytest.mark.parametrize("bias", [None, -10.0])
+@pytest.mark.parametrize("n, d", [(1, 8), (123, 64)])
+def test_equal_to_open_clip(engine, poisoned, name, bias, n, d):
+    image, text, scale = cases.towers("unit", n, n, d, torch.float32)
+    results = []
+    for loss in (getattr(limber_fast, name)(backend=engine), getattr(open_clip, name)()):
+        leaves = [image.clone(), text.clone(), torch.tensor(scale)] + ([] if bias is None else [torch.tensor(bias)])
+        leaves = [x.requires_grad_() for x in leaves]
+        value = loss(*leaves, *([None] if bias is None else []), output_dict=True)["contrastive_loss"]
+        gradients = torch.autograd.grad(value, leaves, allow_unused=True)
+        results.append((value, *(torch.zeros(()) if g is None else g for g in gradients)))
+    for found, true in zip(*results, strict=True):
+        torch.testing.assert_close(found, true, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["ClipLoss", "SigLipLoss"])
+def test_signatures(name):
+    mine, theirs = getattr(limber_fast, name), getattr(open_clip, name)
+
+    def positional(function):
+        return [(p.name, p.default) for p in inspect.signature(function).parameters.values() if p.kind != p.KEYWORD_ONLY]
+
+    assert positional(mine.__init__) == positional(theirs.__init__)
+    names = [p for p, _ in positional(theirs.forward)]
+    assert [p for p, _ in positional(mine.forward)] == names
+    assert isinstance(mine(), torch.nn.Module) and not list(mine().parameters())
+
+
+def test_output():
+    x = torch.eye(4)
+    loss = limber_fast.ClipLoss()(x, x, 1.0)
+    assert loss.ndim == 0 and limber_fast.ClipLoss()(x, x, 1.0, output_dict=True) == {"contrastive_loss": loss}
+
+
+@pytest.mark.parametrize("name, arguments", [("ClipLoss", {"world_size": 2, "rank": 1}), ("SigLipLoss", {"rank": 1}),
+                                             ("ClipLoss", {"use_horovod": True})])  # fmt: skip
+def test_more_than_one_process_is_refused(name, arguments):
+    with pytest.raises(ValueError, match=f"{name}: the loss must be built for one process") as error:
+        getattr(limber_fast, name)(**arguments)
+    assert all(f"{key}={value}" in str(error.value) for key, value in arguments.items())
+
+
+def test_options_reach_the_op():
+    loss = limber_fast.ClipLoss(backend="cuda", cache_mb=0)
+    with pytest.raises(limber_fast.BackendUnavailable):
+        loss(torch.eye(4), torch.eye(4), 1.0)
+    assert "cache_mb=0" in repr(loss)
