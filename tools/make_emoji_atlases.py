@@ -199,7 +199,10 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.fetch:
         fetch(arguments.packages)
-    table, cells = build(arguments.packages)
+    try:
+        table, cells = build(arguments.packages)
+    except FileNotFoundError as error:
+        parser.error(str(error))
     if arguments.check:
         return check(table, cells)
     OUT.mkdir(parents=True, exist_ok=True)
