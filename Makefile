@@ -40,7 +40,7 @@ bench: $(STAMP)
 	$(RUN) -m limber_fast bench
 
 gpu: $(STAMP)
-	@if $(RUN) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	@found=$$($(RUN) -c 'import torch; print(torch.cuda.is_available())') && if [ "$$found" = True ]; then \
 	  $(RUN) -m pytest -m cuda; \
 	else \
 	  echo 'make gpu: no CUDA device: nothing was run'; \
