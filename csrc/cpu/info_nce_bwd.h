@@ -13,7 +13,7 @@
 
 namespace limber {
 
-constexpr int64_t GRADIENT_BUDGET = int64_t(128) << 20;  // fp32 accumulator of d_image where 16-bit gradients span several super-blocks
+constexpr int64_t GRADIENT_BUDGET = int64_t(128) << 20;  // what 16-bit gradients may hold of d_image's fp32 sums across super-blocks
 
 template <class Op> class InfoNceBackward {
   using B = Blocks<Op>;
@@ -26,28 +26,29 @@ template <class Op> class InfoNceBackward {
         super(cols.super_block(p.D * (direct ? 8 : P == 1 ? 12 : 8))) {}
 
   void run() {
-    const bool rows = p.d_image, columns = p.d_text || p.d_extra, resident = super >= cols.count;
-    // 16-bit gradients need fp32 accumulators: of d_text for one super-block, of d_image for as many rows as the column loop leaves open.
-    // Where all of d_image's would not fit, the two towers take a recompute pass each (10 N^2 D instead of 8).
-    if (rows && columns && !direct && !resident && p.N * p.D * 4 > GRADIENT_BUDGET) {
-      sweep(true, false, GRADIENT_BUDGET / (4 * p.D));
-      sweep(false, true, p.N);
-    } else {
-      sweep(rows, columns, direct || (!resident && columns) ? p.N : resident ? MB : GRADIENT_BUDGET / (4 * p.D));
-    }
+    const bool rows = p.d_image, columns = p.d_text || p.d_extra;
+    if (direct || !rows || super >= cols.count) return sweep(rows, columns, direct || !rows ? p.N : MB, false);
+    // 16-bit d_image over several column super-blocks: between two of them the fp32 sums wait as their upper half in d_image itself and
+    // their lower half in a buffer. Beyond the budget (N D > 64 Mi) the towers take a recompute pass each: 10 N^2 D instead of 8.
+    if (p.N * p.D * 2 <= GRADIENT_BUDGET) return sweep(true, columns, p.N, true);
+    sweep(true, false, GRADIENT_BUDGET / (4 * p.D), false);
+    if (columns) sweep(false, true, p.N, false);
   }
 
  private:
-  // Rows in super-blocks of `open_rows`, columns in super-blocks, row blocks, column blocks.
-  void sweep(bool want_rows, bool want_cols, int64_t open_rows) {
+  // Rows in super-blocks of `open_rows`, columns in super-blocks, row blocks, column blocks. `halved`: fp32 sums of d_image are kept for one row
+  // block alone and parked in halves between column super-blocks.
+  void sweep(bool want_rows, bool want_cols, int64_t open_rows, bool halved) {
     open_rows = std::clamp<int64_t>(round_up(open_rows, MB), MB, round_up(p.N, MB));
     const int64_t width = super * NB, mb_max = std::min<int64_t>(MB, round_up(p.N, MR));
     Buffer<float> norms(p.normalize ? p.N + p.M + p.K : 0), text_t(width * Kd), text_n(want_rows ? (width / P) * Dp : 0), image_t(mb_max * Kd);
     Buffer<float> image_n(want_cols ? ceil_div(mb_max, P) * Dp : 0), ds(mb_max * LDN + NR), ds_pairs(P == 2 && want_cols ? (mb_max / 2) * LDP + NR : 0);
-    Buffer<float> row_acc(want_rows && !direct ? std::min(open_rows, p.N) * p.D : 0), col_acc(want_cols && !direct ? width * p.D : 0);
+    Buffer<float> row_acc(want_rows && !direct ? (halved ? mb_max : std::min(open_rows, p.N)) * p.D : 0), col_acc(want_cols && !direct ? width * p.D : 0);
     Buffer<float> scratch(p.threads * per_thread());
+    Buffer<uint16_t> lower_halves(halved ? p.N * p.D : 0);
     const Rows images = image_rows(p, p.normalize ? norms.get() : nullptr), texts = text_rows(p, p.normalize ? norms + p.N : nullptr);
     auto row_out = [&](int64_t i, int64_t first) { return direct ? (float *)p.d_image + i * p.D : row_acc + (i - first) * p.D; };
+    auto row_gradient = [&](int64_t i) { return (char *)p.d_image + i * p.D * size_of(p.dtype); };
     auto gradient_of = [&](int64_t j) { return j < p.M ? (char *)p.d_text : (char *)p.d_extra; };
     auto col_out = [&](int64_t j, int64_t at) { return direct ? (float *)gradient_of(j) + (j < p.M ? j : j - p.M) * p.D : col_acc + at * p.D; };
 
@@ -70,7 +71,11 @@ template <class Op> class InfoNceBackward {
             packed = b0;
           }
           for (int64_t i0 = r0; i0 < r1; i0 += MB) {
-            const int64_t mb = std::min<int64_t>(MB, r1 - i0), Ki = ceil_div(mb, P);
+            const int64_t mb = std::min<int64_t>(MB, r1 - i0), Ki = ceil_div(mb, P), first = halved ? i0 : r0;
+            if (halved && b0 > 0) {
+#pragma omp for schedule(static) nowait
+              for (int64_t i = i0; i < i0 + mb; i++) join_halves(row_out(i, first), (uint16_t *)row_gradient(i), lower_halves + i * p.D);
+            }
 #pragma omp for schedule(dynamic, 4) nowait
             for (int64_t i = 0; i < mb; i += MR) pack_transposed<Op, MR>(images, i0 + i, i0 + std::min(i + MR, mb), image_t + i * Kd);
 #pragma omp for schedule(dynamic, 1)
@@ -88,12 +93,18 @@ template <class Op> class InfoNceBackward {
 #pragma omp for schedule(dynamic, 1) nowait
                 for (int64_t i = 0; i < mb; i += MR)
                   for (int64_t d = 0; d < p.D; d += NR)
-                    gemm_tile<Op, LDN, 1>((int)std::min<int64_t>(MR, mb - i), Kj, ds + i * LDN, text_n + at / P * Dp + d * Kj, row_out(i0 + i, r0) + d, p.D, p.D - d, k > 0);
+                    gemm_tile<Op, LDN, 1>((int)std::min<int64_t>(MR, mb - i), Kj, ds + i * LDN, text_n + at / P * Dp + d * Kj, row_out(i0 + i, first) + d, p.D, p.D - d, k > 0);
               // Without wanted columns the empty loop is the barrier that keeps dS until every d_image strip has read it.
 #pragma omp for schedule(dynamic, 1)
               for (int64_t j = 0; j < (want_cols && gradient_of(j0) ? nb : 0); j += MR)
                 for (int64_t d = 0; d < p.D; d += NR)
                   gemm_tile<Op, 1, LDP>((int)std::min<int64_t>(MR, nb - j), Ki, (P == 1 ? ds : ds_pairs) + j, image_n + d * Ki, col_out(j0 + j, at + j) + d, p.D, p.D - d, i0 > 0);
+            }
+            if (halved) {
+#pragma omp for schedule(static)
+              for (int64_t i = i0; i < i0 + mb; i++)
+                if (b1 < cols.count) part_halves(row_out(i, first), (uint16_t *)row_gradient(i), lower_halves + i * p.D);
+                else finish(row_out(i, first), row_gradient(i), images, i);
             }
           }
           if (want_cols && r1 == p.N && (!direct || p.normalize)) {
@@ -104,12 +115,19 @@ template <class Op> class InfoNceBackward {
             }
           }
         }
-        if (want_rows && (!direct || p.normalize)) {
+        if (want_rows && !halved && (!direct || p.normalize)) {
 #pragma omp for schedule(static)
-          for (int64_t i = r0; i < r1; i++) finish(row_out(i, r0), (char *)p.d_image + i * p.D * size_of(p.dtype), images, i);
+          for (int64_t i = r0; i < r1; i++) finish(row_out(i, r0), row_gradient(i), images, i);
         }
       }
     }
+  }
+
+  void part_halves(const float *sum, uint16_t *upper, uint16_t *lower) const {
+    for (int64_t d = 0; d < p.D; d++) { uint32_t u; std::memcpy(&u, sum + d, 4); upper[d] = (uint16_t)(u >> 16), lower[d] = (uint16_t)u; }
+  }
+  void join_halves(float *sum, const uint16_t *upper, const uint16_t *lower) const {
+    for (int64_t d = 0; d < p.D; d++) { uint32_t u = (uint32_t)upper[d] << 16 | lower[d]; std::memcpy(sum + d, &u, 4); }
   }
   int64_t per_thread() const { return round_up(MR * LDS + MB + NB + 2 * simd::W, 16); }
 

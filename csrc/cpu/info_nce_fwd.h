@@ -319,14 +319,14 @@ template <class Op> class InfoNceForward {
     } else {
       const double S = sums.sum[i], M = S == 0 ? 0 : sums.shift[i], x = alpha * positive;
       const double ratio = S == 0 ? 0 * x : S * std::exp2(M - x);  // negatives : positive
-      const double log_ratio = M - x + std::log2(S);           // where the ratio overflows
-      const double nll = ratio < 1e300 ? std::log1p(ratio) : ratio != ratio ? NAN : LN2 * log_ratio;
-      const double lse = x + nll / LN2, base = S == 0 ? 0 : std::exp2(M - lse);
+      const bool finite = ratio < 1e300;
+      const double nll = finite ? std::log1p(ratio) : ratio != ratio ? NAN : LN2 * (M - x + std::log2(S)), lse = x + nll / LN2;
+      const double unit = S == 0 ? 0 : finite ? ratio / ((1 + ratio) * S) : std::exp2(M - lse);  // probability per unit of S
       double whole = std::rint(lse);
       field(LSE_EXPONENT) = (float)whole, field(LSE_REMAINDER) = (float)(lse - whole);
       field(NLL) = (float)nll;
       loss = nll;
-      dscale = S == 0 ? 0 * nll : (sums.xsum[i] + S * (M - x)) * base / alpha;
+      dscale = S == 0 ? 0 * nll : (sums.xsum[i] + S * (M - x)) * unit / alpha;
       if (p.label_smoothing > 0) {
         const double count = extra.live[i] + 1, gap = x - (extra.total[i] + x) / count;
         uniform = p.label_smoothing / count;
