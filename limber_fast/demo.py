@@ -73,6 +73,10 @@ def main(args: argparse.Namespace, console: Console) -> int:
         console.error(f"{error}; run without --resume to start anew")
         return FAILED
 
+    drawings, seen = len(test_set.train), len(trainer.batches.drawn)
+    console.print(
+        f"{drawings} drawings of {seen} concepts, {config.minutes:g} minutes on {torch.get_num_threads()} threads"
+    )
     if not _train(trainer, folder, console):
         console.print(f"stopped at step {trainer.step}; {checkpoint} is whole: go on with --resume")
         return EXIT_CODE

@@ -30,8 +30,8 @@ ZERO_SHOT_HEADER = (
 TIMING_HEADER = ("N", "dtype", "eager", "limber_fast", "faster", "eager memory", "limber_fast memory", "less")
 ZERO_SHOT_NOTE = (
     "Percent. A class is the normalised mean of its prompts' features. Ties count as wrong. Pixels: the concept of the "
-    "training drawing nearest in RGB; it cannot name what no vendor drew for it. Unseen concepts are held out by family: "
-    "no sibling in another gender, direction or colour was trained on."
+    "training drawing with the most alike pixels; it cannot name what no vendor drew for it. Unseen concepts are held "
+    "out by family: no sibling in another gender, direction or colour was trained on."
 )
 CONFUSION_NOTE = "Percent of each row; all test images, all names."
 
@@ -106,9 +106,7 @@ def write_report(path: Path, run: dict, history: Sequence[dict], found: Evaluati
     cards = [page.card(_png(example.image), example.name, example.guesses) for example in found.examples]
     drawn = "Random test images with the five best of all names; the bar is the probability, the right name is marked."
     curve = page.chart(charts.training_curve(history), "Loss, accuracy in the batch and logit scale over the minutes")
-    matrix = page.chart(
-        charts.confusion(found.groups, found.confusion), "Group of the image against that of the best name"
-    )
+    matrix = page.chart(charts.confusion(found.groups, found.confusion), "Group of the image against its best name")
     content = (
         "<h1>A small CLIP learns emoji</h1>",
         page.paragraph(_lead(run, found.tables), "lead"),
@@ -127,9 +125,9 @@ def _lead(run: dict, tables: dict[str, dict]) -> str:
     return (
         f"In {training['seconds'] / 60:.1f} minutes on {_threads(run['threads'])} a small CLIP "
         f"({training['parameters'] / 1e6:.2f} M parameters) saw {training['images']:,} augmented drawings by five "
-        f"vendors with their captions. On a sixth vendor's style, never trained on, it names {seen['top1']:.1f}% of the "
-        f"images right among {seen['classes']} names (nearest neighbour in pixels: {seen['pixel']['top1']:.1f}%), and "
-        f"{unseen['top1']:.1f}% among {unseen['classes']} concepts that no drawing it trained on shows."
+        f"vendors with their captions. On a sixth vendor's style, never trained on, it names {seen['top1']:.1f}% of "
+        f"the images right among {seen['classes']} names; the nearest neighbour in pixels, {seen['pixel']['top1']:.1f}%. "
+        f"Among {unseen['classes']} concepts that no drawing it trained on shows, {unseen['top1']:.1f}%."
     )
 
 
@@ -148,9 +146,7 @@ def _training_note(run: dict) -> str:
 def _zero_shot(found: Evaluation) -> list[str]:
     header = ("linear probe: group of the concept", "accuracy", "most frequent group")
     probe = [[f"{name} concepts", *(f"{found.probe[key]:.1f}" for key in (name, f"{name}_majority"))] for name in KNOWN]
-    note = (
-        f"Logistic regression by L-BFGS on frozen image features, C = {found.probe['C']:g} chosen on held-out families."
-    )
+    note = f"Logistic regression by L-BFGS on frozen image features, C = {found.probe['C']:g} from held-out families."
     return [
         page.table(ZERO_SHOT_HEADER, zero_shot_rows(found)),
         page.paragraph(ZERO_SHOT_NOTE, "note"),

@@ -1,0 +1,118 @@
+"""`limber-fast demo` on its real data with a small budget: it must learn, report, stop at Ctrl-C and go on."""
+
+import csv
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+
+import pytest
+
+pytest.importorskip("open_clip")
+
+from limber_fast.demo import load_model
+from limber_fast.evaluation.emoji import TestSet, evaluate
+from limber_fast.training.checkpoint import load_checkpoint
+
+
+def command(output, *options):
+    return [sys.executable, "-m", "limber_fast", "demo", "--output", str(output), *options]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One demo of half a minute, run as a user would, its output in a pipe; a busy machine gets more to reach 100 steps."""
+    folder = tmp_path_factory.mktemp("demo")
+    for minutes in ("0.5", "1", "2", "4"):
+        options = ["--minutes", minutes, *(["--resume"] if minutes != "0.5" else [])]
+        done = subprocess.run(command(folder, *options), capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        if result["training"]["steps"] >= 100:
+            break
+    return folder, done, result
+
+
+def test_it_learns(finished):
+    _, _, result = finished
+    tables = result["zero_shot"]
+    assert (tables["seen"]["classes"], tables["unseen_name"]["classes"]) == (1595, 160)
+    # A hundred steps are far from the demo's figures, and far from chance.
+    assert tables["seen"]["top5"] > 8 * tables["seen"]["chance"]["top5"]
+    assert tables["unseen_name_and_tags"]["top5"] > 1.5 * tables["unseen_name_and_tags"]["chance"]["top5"]
+    assert result["linear_probe_group"]["seen"] > result["linear_probe_group"]["seen_majority"] + 5
+    assert 20 < tables["seen"]["pixel"]["top1"] < 45
+
+
+def test_loss_falls_and_the_curve_is_written(finished):
+    folder, _, result = finished
+    with open(folder / "train.csv", encoding="utf-8") as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    assert rows[-1]["image_text_loss"] < rows[0]["image_text_loss"] - 0.5
+    assert rows[-1]["step"] == result["training"]["steps"]
+    assert all(a["step"] < b["step"] for a, b in pairwise(rows))
+
+
+def test_page_is_whole_and_self_contained(finished):
+    folder, _, result = finished
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    for identifier in ("training", "zero-shot", "examples", "confusion", "loss", "machine"):
+        assert f'<section id="{identifier}">' in page
+    assert page.count('<div class="card">') == 24
+    assert not re.search(r'(src|href)="(?!data:)|<script|@import|url\(', page)
+    assert f"{result['zero_shot']['seen']['top1']:.1f}" in page
+    assert page.count("data:image/svg+xml;base64,") == 3
+    # Every size appears, measured or with the reason why not.
+    assert len(result["loss_timing"]) == 24
+    assert all((point["seconds"] is None) == bool(point["skipped"]) for point in result["loss_timing"])
+
+
+def test_pipe_gets_plain_text(finished):
+    _, done, _ = finished
+    assert "\x1b" not in done.stdout + done.stderr
+    assert "\r" not in done.stdout
+    assert re.search(r"training .*loss .*scale .*accuracy", done.stdout)
+
+
+def test_checkpoint_is_the_tested_model(finished):
+    folder, _, result = finished
+    model, tokenizer = load_model(folder / "checkpoint.pt")
+    again = evaluate(model, tokenizer, TestSet.shipped())
+    assert again.tables["seen"]["top5"] == pytest.approx(result["zero_shot"]["seen"]["top5"], abs=0.2)
+
+
+def test_ctrl_c_leaves_a_checkpoint_that_resumes(tmp_path):
+    process = subprocess.Popen(command(tmp_path, "--minutes", "5"), stdout=subprocess.PIPE, text=True)
+    line = process.stdout.readline()
+    assert "drawings" in line
+    time.sleep(4)
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=120)[0]
+    assert process.returncode == 130
+    assert "--resume" in rest
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    assert state["step"] > 0
+    assert not list(tmp_path.glob(".*tmp"))
+
+    minutes = (state["seconds"] + 6) / 60
+    done = subprocess.run(
+        command(tmp_path, "--resume", "--minutes", f"{minutes:.3f}"), capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"resumed at step {state['step']}" in done.stdout
+    result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
+    assert result["training"]["steps"] > state["step"]
+    assert result["training"]["seconds"] >= state["seconds"] + 6
+    resumed = load_checkpoint(tmp_path / "checkpoint.pt")
+    assert resumed["history"][: len(state["history"])] == state["history"]
+
+
+def test_foreign_checkpoint_is_one_line(tmp_path):
+    (tmp_path / "checkpoint.pt").write_bytes(b"PK\x03\x04 not a checkpoint")
+    done = subprocess.run(command(tmp_path, "--resume"), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "not a readable checkpoint" in done.stderr
+    assert "Traceback" not in done.stderr
