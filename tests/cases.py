@@ -54,7 +54,7 @@ def offset(n: int, m: int, d: int) -> tuple[Tensor, Tensor, float]:
 def converged(n: int, m: int, d: int) -> tuple[Tensor, Tensor, float]:
     """Pairs that agree, at scale 100: losses far below the rounding error of the log-sum-exp."""
     image = _directions(n, d, 10)
-    return image, F.normalize(image[torch.arange(m) % n] + 0.1 * _directions(m, d, 11), dim=1), 100.0
+    return image, F.normalize(image[torch.arange(m) % n] + 1.5 * _directions(m, d, 11), dim=1), 100.0
 
 
 DATA = {f.__name__: f for f in (unit, below, wild, offset, converged)}

@@ -49,10 +49,7 @@ def _both(engine, options, *, reduction="mean", n=N, m=N, d=D, dtype=torch.float
                   "logit_bias": torch.tensor(-3.0), "extra_negatives": options.get("extra_negatives")}  # fmt: skip
         leaves = {name: x.to(kind).requires_grad_() for name, x in leaves.items() if x is not None}
         call = {**options, **leaves, "reduction": reduction}
-        if kind == dtype:
-            loss = info_nce(**call, backend=engine, return_stats=return_stats)
-        else:
-            loss = reference(**call)
+        loss = info_nce(**call, backend=engine, return_stats=return_stats) if kind == dtype else reference(**call)
         loss, stats = loss if isinstance(loss, tuple) else (loss, None)
         upstream = torch.linspace(1, 2, loss.numel(), dtype=loss.dtype).view(loss.shape)
         gradients = torch.autograd.grad((loss * upstream).sum(), list(leaves.values()), allow_unused=True)

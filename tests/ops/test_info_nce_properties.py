@@ -65,8 +65,9 @@ def test_agrees_with_the_reference(engine, call, layout, cache_mb):
     magnitude = max(1.0, true.abs().max().item())
     torch.testing.assert_close(found.double(), true, rtol=1e-4, atol=1e-5 * magnitude)
     gradients = torch.autograd.grad(found.sum(), list(fused.values()), allow_unused=True)
+    floor = 1.0 if options["normalize"] else 1e-2  # the gradient through a norm is a difference of larger numbers
     for x, y in zip(gradients, torch.autograd.grad(true.sum(), list(exact.values())), strict=True):
-        torch.testing.assert_close(x.double(), y, rtol=1e-3, atol=1e-4 * max(y.abs().max().item(), 1e-2))
+        torch.testing.assert_close(x.double(), y, rtol=1e-3, atol=1e-4 * max(y.abs().max().item(), floor))
 
 
 @PROFILE

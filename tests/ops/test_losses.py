@@ -34,7 +34,8 @@ def test_signatures(name):
     mine, theirs = getattr(limber_fast, name), getattr(open_clip, name)
 
     def positional(function):
-        return [(p.name, p.default) for p in inspect.signature(function).parameters.values() if p.kind != p.KEYWORD_ONLY]
+        parameters = inspect.signature(function).parameters.values()
+        return [(p.name, p.default) for p in parameters if p.kind != p.KEYWORD_ONLY]
 
     assert positional(mine.__init__) == positional(theirs.__init__)
     names = [p for p, _ in positional(theirs.forward)]
