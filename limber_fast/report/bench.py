@@ -83,7 +83,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
     result = _result(args, recorder)
     page.write_text(args.output / "bench.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
     page.write_text(args.output / "bench.html", bench_html.render(result))
-    console.table("Benchmarks", bench_html.HEADER, bench_html.cells(result["rows"]))
+    console.table("Benchmarks", *bench_html.brief(result["rows"]))
     console.print(f"wrote {args.output / 'bench.html'} and bench.json", markup=False)
 
     failed = [row for row in result["rows"] if row["status"] == "failed"]
@@ -177,6 +177,7 @@ def _hold_against(old: dict[str, Any], new: dict[str, Any], limit: float | None,
     )
     for name, one, other in (
         ("CPU", old["machine"]["cpu"]["model"], new["machine"]["cpu"]["model"]),
+        ("kernels", old["machine"]["cpu"]["isa"], new["machine"]["cpu"]["isa"]),
         ("number of threads", old["threads"], new["threads"]),
     ):
         if one != other:

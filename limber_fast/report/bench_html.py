@@ -14,6 +14,8 @@ HEADER = (
     "row", "eager / ours", "of the best", "other ratios", "warm", "cold", "eager warm", "memory", "eager memory",
     "GFLOP/s", "of ceiling", "note",
 )  # fmt: skip
+# What fits beside each other on a terminal; the page and bench.json have the rest.
+_BRIEF = ("row", "eager / ours", "other ratios", "warm", "eager warm", "memory", "of ceiling", "note")
 _LINES = {"float32": "--", "bfloat16": "-", "float16": ":"}
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _COLOURS = {"eager": FUSED, "eager_fp32": SOFT}
@@ -35,6 +37,12 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
          f"{row['ceiling_fraction']:.0%}" if "ceiling_fraction" in row else "-", _note(row)]
         for row in rows
     ]  # fmt: skip
+
+
+def brief(rows: Sequence[Row]) -> tuple[Sequence[str], list[list[str]]]:
+    """Header and lines of the table for a terminal."""
+    kept = [HEADER.index(name) for name in _BRIEF]
+    return _BRIEF, [[line[column] for column in kept] for line in cells(rows)]
 
 
 def render(result: dict[str, Any]) -> str:
@@ -74,8 +82,7 @@ def _charts(rows: Sequence[Row]) -> list[str]:
     drawn = []
     if size:
         figure, (left, right) = _figure(2, 4.0)
-        names = dict.fromkeys(key.removesuffix("_ratio") for row in size for key in row if key.endswith("_ratio"))
-        for name in names:
+        for name in dict.fromkeys(name for row in size for name in _by_baseline(row, "ratio")):
             _lines(left, size, "N", f"{name}_ratio", name, _COLOURS.get(name, EAGER))
         left.axhline(1, color=INK, linewidth=0.8)
         _lines(right, size, "N", "ceiling_fraction", "cache of 256 MiB", FUSED, 100)
@@ -149,16 +156,18 @@ def _machine(result: dict[str, Any]) -> list[tuple[str, str]]:
 def _note(row: Row) -> str:
     if row["status"] != "ok":
         return f"{row['status']}: {row['reason']}"
-    notes = [
-        f"{key.removesuffix('_skipped')} skipped: {reason}" for key, reason in row.items() if key.endswith("_skipped")
-    ]
-    slower = [key.removesuffix("_ratio") for key, value in row.items() if key.endswith("_ratio") and value < 1]
-    return "; ".join([f"slower than {name}" for name in slower] + notes)
+    slower = [f"slower than {name}" for name, ratio in _by_baseline(row, "ratio").items() if ratio < 1]
+    return "; ".join(slower + [f"{name} skipped: {why}" for name, why in _by_baseline(row, "skipped").items()])
 
 
 def _others(row: Row) -> str:
-    found = [(key.removesuffix("_ratio"), value) for key, value in row.items() if key.endswith("_ratio")]
-    return ", ".join(f"{name} {_ratio(value)}" for name, value in found if name != "eager") or "-"
+    ratios = _by_baseline(row, "ratio")
+    return ", ".join(f"{name} {_ratio(ratio)}" for name, ratio in ratios.items() if name != "eager") or "-"
+
+
+def _by_baseline(row: Row, column: str) -> Row:
+    """{baseline: value} of the columns `<baseline>_<column>`."""
+    return {key.removesuffix(f"_{column}"): value for key, value in row.items() if key.endswith(f"_{column}")}
 
 
 def _ratio(value: float | None) -> str:

@@ -48,7 +48,7 @@ def training_curve(history: Sequence[dict[str, float]]) -> bytes:
     for axis, title in zip((left, middle, right), titles, strict=True):
         axis.set_title(title, loc="left", fontsize=10)
         axis.set_xlabel("minutes", fontsize=9)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.08 * max(axis.dataLim.y1, 1e-6))
     return _svg(figure)
 
 

@@ -126,7 +126,7 @@ def _lead(run: dict, tables: dict[str, dict]) -> str:
         f"In {training['seconds'] / 60:.1f} minutes on {_threads(run['threads'])} a small CLIP "
         f"({training['parameters'] / 1e6:.2f} M parameters) saw {training['images']:,} augmented drawings by five "
         f"vendors with their captions. On a sixth vendor's style, never trained on, it names {seen['top1']:.1f}% of "
-        f"the images right among {seen['classes']} names; the nearest neighbour in pixels, {seen['pixel']['top1']:.1f}%. "
+        f"the images right among {seen['classes']} names; nearest neighbour in pixels {seen['pixel']['top1']:.1f}%. "
         f"Among {unseen['classes']} concepts that no drawing it trained on shows, {unseen['top1']:.1f}%."
     )
 

@@ -24,7 +24,7 @@ def command(output, *options):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """One demo of half a minute, run as a user would, its output in a pipe; a busy machine gets more to reach 100 steps."""
+    """One demo of half a minute, run into a pipe; a busy machine gets more time to reach 100 steps."""
     folder = tmp_path_factory.mktemp("demo")
     for minutes in ("0.5", "1", "2", "4"):
         options = ["--minutes", minutes, *(["--resume"] if minutes != "0.5" else [])]
