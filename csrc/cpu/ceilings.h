@@ -6,44 +6,60 @@
 
 namespace limber {
 
-inline double seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+inline double seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
-// FLOP/s of one thread on independent multiply-adds held in registers: 24 chains hide any latency. Inline assembly on x86, because
-// compilers spill accumulator arrays and then measure half the peak.
-template <int KIND> __attribute__((noinline)) double peak_run(int64_t iterations) {
+// FLOP/s of one thread on independent multiply-adds held in registers: 24 chains hide any latency. Inline assembly on
+// x86, because compilers spill accumulator arrays and then measure half the peak.
+template <int KIND>
+__attribute__((noinline)) double peak_run(int64_t iterations) {
   const double start = seconds();
 #if defined(LIMBER_ISA_AVX512)
 #define LIMBER_OP(i) "vfmadd231ps %%zmm30, %%zmm31, %%zmm" #i "\n\t"
 #define LIMBER_DOT(i) "vdpbf16ps %%zmm30, %%zmm31, %%zmm" #i "\n\t"
-#define LIMBER_24(F) F(0) F(1) F(2) F(3) F(4) F(5) F(6) F(7) F(8) F(9) F(10) F(11) F(12) F(13) F(14) F(15) F(16) F(17) F(18) F(19) F(20) F(21) F(22) F(23)
-#define LIMBER_CLOBBER "zmm0","zmm1","zmm2","zmm3","zmm4","zmm5","zmm6","zmm7","zmm8","zmm9","zmm10","zmm11","zmm12","zmm13","zmm14","zmm15", \
-  "zmm16","zmm17","zmm18","zmm19","zmm20","zmm21","zmm22","zmm23","zmm30","zmm31","cc"
+#define LIMBER_24(F)                                                                                                   \
+  F(0)                                                                                                                 \
+  F(1) F(2) F(3) F(4) F(5) F(6) F(7) F(8) F(9) F(10) F(11) F(12) F(13) F(14) F(15) F(16) F(17) F(18) F(19) F(20) F(21) \
+      F(22) F(23)
+#define LIMBER_CLOBBER                                                                                                \
+  "zmm0", "zmm1", "zmm2", "zmm3", "zmm4", "zmm5", "zmm6", "zmm7", "zmm8", "zmm9", "zmm10", "zmm11", "zmm12", "zmm13", \
+      "zmm14", "zmm15", "zmm16", "zmm17", "zmm18", "zmm19", "zmm20", "zmm21", "zmm22", "zmm23", "zmm30", "zmm31", "cc"
   constexpr double flop = KIND ? 24 * 64 : 24 * 32;
   asm volatile("vpxorq %%zmm30, %%zmm30, %%zmm30\n\tvpxorq %%zmm31, %%zmm31, %%zmm31" ::: "zmm30", "zmm31");
   for (int64_t k = 0; k < iterations; k++) {
-    if (KIND) asm volatile(LIMBER_24(LIMBER_DOT) ::: LIMBER_CLOBBER);
-    else asm volatile(LIMBER_24(LIMBER_OP) ::: LIMBER_CLOBBER);
+    if (KIND)
+      asm volatile(LIMBER_24(LIMBER_DOT)::: LIMBER_CLOBBER);
+    else
+      asm volatile(LIMBER_24(LIMBER_OP)::: LIMBER_CLOBBER);
   }
 #elif defined(LIMBER_ISA_AVX2)
 #define LIMBER_OP(i) "vfmadd231ps %%ymm14, %%ymm15, %%ymm" #i "\n\t"
 #define LIMBER_12(F) F(0) F(1) F(2) F(3) F(4) F(5) F(6) F(7) F(8) F(9) F(10) F(11)
   constexpr double flop = 24 * 16;
   for (int64_t k = 0; k < iterations; k++)
-    asm volatile(LIMBER_12(LIMBER_OP) LIMBER_12(LIMBER_OP) ::: "ymm0","ymm1","ymm2","ymm3","ymm4","ymm5","ymm6","ymm7","ymm8","ymm9","ymm10","ymm11","cc");
+    asm volatile(LIMBER_12(LIMBER_OP) LIMBER_12(LIMBER_OP)::
+                     : "ymm0", "ymm1", "ymm2", "ymm3", "ymm4", "ymm5", "ymm6", "ymm7", "ymm8", "ymm9", "ymm10", "ymm11",
+                       "cc");
 #else
   constexpr double flop = 8 * 2 * simd::W;
   simd::vec c[8], x = simd::set1(0.5f), y = simd::set1(0.25f);
-  for (auto &v : c) v = simd::set1(1.f);
+  for (auto& v : c) v = simd::set1(1.f);
   for (int64_t k = 0; k < iterations; k++)
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) { c[i] = simd::fma(c[i], x, y); asm volatile("" : "+m"(*(char *)&start)); }
+    for (int i = 0; i < 8; i++) {
+      c[i] = simd::fma(c[i], x, y);
+      asm volatile("" : "+m"(*(char*)&start));
+    }
   volatile float sink = simd::sum(c[0] + c[1] + c[2] + c[3] + c[4] + c[5] + c[6] + c[7]);
   (void)sink;
 #endif
   return iterations * flop / (seconds() - start);
 }
 
-struct Peaks { double fp32, bf16; };
+struct Peaks {
+  double fp32, bf16;
+};
 
 // Per-thread peaks with `threads` of them busy; bf16 is 0 where the instruction set has no bf16 product.
 inline Peaks cpu_peaks(int threads) {
@@ -74,7 +90,7 @@ inline double read_bandwidth(int threads, int64_t bytes) {
     const double start = seconds();
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : sink)
     for (int64_t k = 0; k < n; k++) {
-      const float *p = data + k * 8 * simd::W;
+      const float* p = data + k * 8 * simd::W;
       __builtin_prefetch(p + 1024);
       simd::vec s[2] = {simd::load(p), simd::load(p + simd::W)};
       for (int i = 2; i < 8; i++) s[i % 2] = simd::add(s[i % 2], simd::load(p + i * simd::W));

@@ -7,11 +7,13 @@ namespace limber {
 constexpr double LN2 = 0.693147180559945309, LOG2E = 1.44269504088896341;
 
 // 2^f for |f| <= 1/2, minimax in relative error with p(0) = 1: degree 4 2.8e-6, degree 6 2.0e-9.
-template <int DEGREE> static inline simd::vec exp2_fraction(simd::vec f) {
+template <int DEGREE>
+static inline simd::vec exp2_fraction(simd::vec f) {
   static_assert(DEGREE == 4 || DEGREE == 6, "no coefficients");
   constexpr float c4[] = {9.582836405e-03f, 5.590641343e-02f, 2.402409882e-01f, 6.931241948e-01f, 1.f};
-  constexpr float c6[] = {1.535334975e-04f, 1.339887442e-03f, 9.618437394e-03f, 5.550332471e-02f, 2.402264791e-01f, 6.931472029e-01f, 1.f};
-  const float *c = DEGREE == 4 ? c4 : c6;
+  constexpr float c6[] = {
+      1.535334975e-04f, 1.339887442e-03f, 9.618437394e-03f, 5.550332471e-02f, 2.402264791e-01f, 6.931472029e-01f, 1.f};
+  const float* c = DEGREE == 4 ? c4 : c6;
   simd::vec p = simd::set1(c[0]);
 #pragma GCC unroll 8
   for (int i = 1; i <= DEGREE; i++) p = simd::fma(p, f, simd::set1(c[i]));
@@ -19,7 +21,8 @@ template <int DEGREE> static inline simd::vec exp2_fraction(simd::vec f) {
 }
 
 // 2^(f + n) for |f| <= 1 and an integer n
-template <int DEGREE> static inline simd::vec exp2_sum(simd::vec f, simd::vec n) {
+template <int DEGREE>
+static inline simd::vec exp2_sum(simd::vec f, simd::vec n) {
   simd::vec k = simd::round(f);
   return simd::ldexp(exp2_fraction<DEGREE>(simd::sub(f, k)), simd::add(n, k));
 }

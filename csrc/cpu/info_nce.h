@@ -6,15 +6,20 @@
 namespace limber {
 
 // bf16 products run natively where the instruction set has them; all else is widened to fp32 when packed.
-template <class F> void with_arithmetic([[maybe_unused]] Dtype dtype, F f) {
+template <class F>
+void with_arithmetic([[maybe_unused]] Dtype dtype, F f) {
 #if defined(LIMBER_ISA_AVX512)
   if (dtype == Dtype::bf16) return f(BF16{});
 #endif
   f(F32{});
 }
 
-inline void info_nce_fwd(const InfoNceParams &p) { with_arithmetic(p.dtype, [&](auto op) { InfoNceForward<decltype(op)>(p).run(); }); }
-inline void info_nce_bwd(const InfoNceParams &p) { with_arithmetic(p.dtype, [&](auto op) { InfoNceBackward<decltype(op)>(p).run(); }); }
+inline void info_nce_fwd(const InfoNceParams& p) {
+  with_arithmetic(p.dtype, [&](auto op) { InfoNceForward<decltype(op)>(p).run(); });
+}
+inline void info_nce_bwd(const InfoNceParams& p) {
+  with_arithmetic(p.dtype, [&](auto op) { InfoNceBackward<decltype(op)>(p).run(); });
+}
 
 // Bytes of tile cache worth having for this problem within a budget: all tiles, or as many as fit.
 inline int64_t info_nce_cache_bytes(int64_t N, int64_t M, int64_t K, Dtype dtype, int64_t budget) {

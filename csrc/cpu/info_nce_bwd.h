@@ -1,9 +1,11 @@
 // Backward of info_nce: one recompute pass gives the gradients of both towers.
 //
-//   dS_ij = a_i P_ij + b_j Q_ij - [positive] (a_i + b_j) (1 - eps) - eps (a_i / C_i + b_j / C'_j),   d_image = scale dS T,  d_text = scale dS^T I
-// with P, Q the row and column softmax and a, b the gradients of the row and column losses. Per block of MB x NB: strips of x (recomputed, or
-// E from the cache) become dS in L2, then d_image += dS T and d_text += dS^T I. Every strip, d_image strip and d_text panel has one owner and a
-// fixed order of accumulation (d_image over column blocks, d_text over row blocks): bit-equal for any number of threads. FLOP: 6 N (M + K) D.
+//   dS_ij = a_i P_ij + b_j Q_ij - [positive] (a_i + b_j) (1 - eps) - eps (a_i / C_i + b_j / C'_j),   d_image = scale dS
+//   T,  d_text = scale dS^T I
+// with P, Q the row and column softmax and a, b the gradients of the row and column losses. Per block of MB x NB:
+// strips of x (recomputed, or E from the cache) become dS in L2, then d_image += dS T and d_text += dS^T I. Every
+// strip, d_image strip and d_text panel has one owner and a fixed order of accumulation (d_image over column blocks,
+// d_text over row blocks): bit-equal for any number of threads. FLOP: 6 N (M + K) D.
 #pragma once
 #include <omp.h>
 
@@ -13,49 +15,73 @@
 
 namespace limber {
 
-constexpr int64_t GRADIENT_BUDGET = int64_t(128) << 20;  // what 16-bit gradients may hold of d_image's fp32 sums across super-blocks
+constexpr int64_t GRADIENT_BUDGET = int64_t(128)
+                                    << 20;  // what 16-bit gradients may hold of d_image's fp32 sums across super-blocks
 
-template <class Op> class InfoNceBackward {
+template <class Op>
+class InfoNceBackward {
   using B = Blocks<Op>;
   static constexpr int NB = B::NB, MB = B::MB, LDS = B::LDS, LDN = B::LDN, LDP = B::LDP, P = Op::P;
   enum Source { SHARED, CACHED, SEPARATE };  // where E comes from: x under one shift, the cache, or two exponentials
 
  public:
-  explicit InfoNceBackward(const InfoNceParams &params)
-      : p(params), cols(p, NB), negatives(p), cache(p), logits(log2_scale(p)), Kd(ceil_div(p.D, P)), Dp(round_up(p.D, NR)), direct(p.dtype == Dtype::f32),
-        super(cols.super_block(p.D * (direct ? 8 : P == 1 ? 12 : 8))) {}
+  explicit InfoNceBackward(const InfoNceParams& params)
+      : p(params),
+        cols(p, NB),
+        negatives(p),
+        cache(p),
+        logits(log2_scale(p)),
+        Kd(ceil_div(p.D, P)),
+        Dp(round_up(p.D, NR)),
+        direct(p.dtype == Dtype::f32),
+        super(cols.super_block(p.D * (direct   ? 8
+                                      : P == 1 ? 12
+                                               : 8))) {}
 
   void run() {
     const bool rows = p.d_image, columns = p.d_text || p.d_extra;
     if (direct || !rows || super >= cols.count) return sweep(rows, columns, direct || !rows ? p.N : MB, false);
-    // 16-bit d_image over several column super-blocks: between two of them the fp32 sums wait as their upper half in d_image itself and
-    // their lower half in a buffer. Beyond the budget (N D > 64 Mi) the towers take a recompute pass each: 10 N^2 D instead of 8.
+    // 16-bit d_image over several column super-blocks: between two of them the fp32 sums wait as their upper half in
+    // d_image itself and their lower half in a buffer. Beyond the budget (N D > 64 Mi) the towers take a recompute pass
+    // each: 10 N^2 D instead of 8.
     if (p.N * p.D * 2 <= GRADIENT_BUDGET) return sweep(true, columns, p.N, true);
     sweep(true, false, GRADIENT_BUDGET / (4 * p.D), false);
     if (columns) sweep(false, true, p.N, false);
   }
 
  private:
-  // Rows in super-blocks of `open_rows`, columns in super-blocks, row blocks, column blocks. `halved`: fp32 sums of d_image are kept for one row
-  // block alone and parked in halves between column super-blocks.
+  // Rows in super-blocks of `open_rows`, columns in super-blocks, row blocks, column blocks. `halved`: fp32 sums of
+  // d_image are kept for one row block alone and parked in halves between column super-blocks.
   void sweep(bool want_rows, bool want_cols, int64_t open_rows, bool halved) {
     open_rows = std::clamp<int64_t>(round_up(open_rows, MB), MB, round_up(p.N, MB));
-    const int64_t width = super * NB, mb_max = std::min<int64_t>(MB, round_up(p.N, MR));
-    Buffer<float> norms(p.normalize ? p.N + p.M + p.K : 0), text_t(width * Kd), text_n(want_rows ? (width / P) * Dp : 0), image_t(mb_max * Kd);
-    Buffer<float> image_n(want_cols ? ceil_div(mb_max, P) * Dp : 0), ds(mb_max * LDN + NR), ds_pairs(P == 2 && want_cols ? (mb_max / 2) * LDP + NR : 0);
-    Buffer<float> row_acc(want_rows && !direct ? (halved ? mb_max : std::min(open_rows, p.N)) * p.D : 0), col_acc(want_cols && !direct ? width * p.D : 0);
+    const bool recompute = !cache.complete(cols.count);
+    const int64_t width = super * cols.NB, mb_max = std::min<int64_t>(MB, round_up(p.N, MR));
+    Buffer<float> norms(p.normalize ? p.N + p.M + p.K : 0), text_t(recompute ? width * Kd : 0),
+        text_n(want_rows ? (width / P) * Dp : 0), image_t(recompute ? mb_max * Kd : 0);
+    Buffer<float> image_n(want_cols ? ceil_div(mb_max, P) * Dp : 0), ds(mb_max * LDN + NR),
+        ds_pairs(P == 2 && want_cols ? (mb_max / 2) * LDP + NR : 0);
+    Buffer<float> row_acc(want_rows && !direct ? (halved ? mb_max : std::min(open_rows, p.N)) * p.D : 0),
+        col_acc(want_cols && !direct ? width * p.D : 0);
     Buffer<float> scratch(p.threads * per_thread());
     Buffer<uint16_t> lower_halves(halved ? p.N * p.D : 0);
-    const Rows images = image_rows(p, p.normalize ? norms.get() : nullptr), texts = text_rows(p, p.normalize ? norms + p.N : nullptr);
-    auto row_out = [&](int64_t i, int64_t first) { return direct ? (float *)p.d_image + i * p.D : row_acc + (i - first) * p.D; };
-    auto row_gradient = [&](int64_t i) { return (char *)p.d_image + i * p.D * size_of(p.dtype); };
-    auto gradient_of = [&](int64_t j) { return j < p.M ? (char *)p.d_text : (char *)p.d_extra; };
-    auto col_out = [&](int64_t j, int64_t at) { return direct ? (float *)gradient_of(j) + (j < p.M ? j : j - p.M) * p.D : col_acc + at * p.D; };
+    const Rows images = image_rows(p, p.normalize ? norms.get() : nullptr),
+               texts = text_rows(p, p.normalize ? norms + p.N : nullptr);
+    auto row_out = [&](int64_t i, int64_t first) {
+      return direct ? (float*)p.d_image + i * p.D : row_acc + (i - first) * p.D;
+    };
+    auto row_gradient = [&](int64_t i) { return (char*)p.d_image + i * p.D * size_of(p.dtype); };
+    auto gradient_of = [&](int64_t j) { return j < p.M ? (char*)p.d_text : (char*)p.d_extra; };
+    auto col_out = [&](int64_t j, int64_t at) {
+      return direct ? (float*)gradient_of(j) + (j < p.M ? j : j - p.M) * p.D : col_acc + at * p.D;
+    };
 
 #pragma omp parallel num_threads(p.threads)
     {
       float *strip = scratch + omp_get_thread_num() * per_thread(), *a = strip + MR * LDS, *b = a + MB;
-      if (p.normalize) { inverse_norms(images, norms); inverse_norms(texts, norms + p.N); }
+      if (p.normalize) {
+        inverse_norms(images, norms);
+        inverse_norms(texts, norms + p.N);
+      }
       int64_t packed = -1;
       for (int64_t r0 = 0; r0 < p.N; r0 += open_rows) {
         const int64_t r1 = std::min(r0 + open_rows, p.N);
@@ -64,9 +90,10 @@ template <class Op> class InfoNceBackward {
           if (packed != b0) {
 #pragma omp for schedule(dynamic, 1)
             for (int64_t k = b0; k < b1; k++) {
-              const int64_t j0 = cols.begin(k), j1 = j0 + cols.size(k), at = (k - b0) * NB;
-              pack_transposed<Op, NR>(texts, j0, j1, text_t + at * Kd);
-              for (int64_t d = 0; want_rows && d < Dp; d += NR) pack_natural<Op>(texts, j0, j1, d, text_n + at / P * Dp + d * ceil_div(j1 - j0, P));
+              const int64_t j0 = cols.begin(k), j1 = j0 + cols.size(k), at = (k - b0) * cols.NB;
+              if (recompute) pack_transposed<Op, NR>(texts, j0, j1, text_t + at * Kd);
+              for (int64_t d = 0; want_rows && d < Dp; d += NR)
+                pack_natural<Op>(texts, j0, j1, d, text_n + at / P * Dp + d * ceil_div(j1 - j0, P));
             }
             packed = b0;
           }
@@ -74,44 +101,56 @@ template <class Op> class InfoNceBackward {
             const int64_t mb = std::min<int64_t>(MB, r1 - i0), Ki = ceil_div(mb, P), first = halved ? i0 : r0;
             if (halved && b0 > 0) {
 #pragma omp for schedule(static) nowait
-              for (int64_t i = i0; i < i0 + mb; i++) join_halves(row_out(i, first), (uint16_t *)row_gradient(i), lower_halves + i * p.D);
+              for (int64_t i = i0; i < i0 + mb; i++)
+                join_halves(row_out(i, first), (uint16_t*)row_gradient(i), lower_halves + i * p.D);
             }
 #pragma omp for schedule(dynamic, 4) nowait
-            for (int64_t i = 0; i < mb; i += MR) pack_transposed<Op, MR>(images, i0 + i, i0 + std::min(i + MR, mb), image_t + i * Kd);
+            for (int64_t i = 0; i < (recompute ? mb : 0); i += MR)
+              pack_transposed<Op, MR>(images, i0 + i, i0 + std::min(i + MR, mb), image_t + i * Kd);
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t d = 0; d < (want_cols ? Dp : 0); d += NR) pack_natural<Op>(images, i0, i0 + mb, d, image_n + d * Ki);
+            for (int64_t d = 0; d < (want_cols ? Dp : 0); d += NR)
+              pack_natural<Op>(images, i0, i0 + mb, d, image_n + d * Ki);
             for (int64_t k = b0; k < b1; k++) {
-              const int64_t j0 = cols.begin(k), nb = cols.size(k), at = (k - b0) * NB, Kj = ceil_div(nb, P);
+              const int64_t j0 = cols.begin(k), nb = cols.size(k), at = (k - b0) * cols.NB, Kj = ceil_div(nb, P);
               const Weights w(*this, a, b, i0, mb, j0, nb);
 #pragma omp for schedule(dynamic, 1)
               for (int64_t i = 0; i < mb; i += MR) {
-                float *out = P == 1 ? ds + i * LDN : strip;
+                float* out = P == 1 ? ds + i * LDN : strip;
                 ds_strip(out, (int)std::min<int64_t>(MR, mb - i), i, k, image_t + i * Kd, text_t + at * Kd, w);
-                if constexpr (P == 2) round_strip(out, (int)std::min<int64_t>(MR, mb - i), nb, ds + i * LDN, want_cols ? ds_pairs + i / 2 * LDP : nullptr);
+                if constexpr (P == 2)
+                  round_strip(out, (int)std::min<int64_t>(MR, mb - i), nb, ds + i * LDN,
+                              want_cols ? ds_pairs + i / 2 * LDP : nullptr);
               }
               if (want_rows)
 #pragma omp for schedule(dynamic, 1) nowait
                 for (int64_t i = 0; i < mb; i += MR)
                   for (int64_t d = 0; d < p.D; d += NR)
-                    gemm_tile<Op, LDN, 1>((int)std::min<int64_t>(MR, mb - i), Kj, ds + i * LDN, text_n + at / P * Dp + d * Kj, row_out(i0 + i, first) + d, p.D, p.D - d, k > 0);
-              // Without wanted columns the empty loop is the barrier that keeps dS until every d_image strip has read it.
+                    gemm_tile<Op, LDN, 1>((int)std::min<int64_t>(MR, mb - i), Kj, ds + i * LDN,
+                                          text_n + at / P * Dp + d * Kj, row_out(i0 + i, first) + d, p.D, p.D - d,
+                                          k > 0);
+              // Without wanted columns the empty loop is the barrier that keeps dS until every d_image strip has read
+              // it.
 #pragma omp for schedule(dynamic, 1)
               for (int64_t j = 0; j < (want_cols && gradient_of(j0) ? nb : 0); j += MR)
                 for (int64_t d = 0; d < p.D; d += NR)
-                  gemm_tile<Op, 1, LDP>((int)std::min<int64_t>(MR, nb - j), Ki, (P == 1 ? ds : ds_pairs) + j, image_n + d * Ki, col_out(j0 + j, at + j) + d, p.D, p.D - d, i0 > 0);
+                  gemm_tile<Op, 1, LDP>((int)std::min<int64_t>(MR, nb - j), Ki, (P == 1 ? ds : ds_pairs) + j,
+                                        image_n + d * Ki, col_out(j0 + j, at + j) + d, p.D, p.D - d, i0 > 0);
             }
             if (halved) {
 #pragma omp for schedule(static)
               for (int64_t i = i0; i < i0 + mb; i++)
-                if (b1 < cols.count) part_halves(row_out(i, first), (uint16_t *)row_gradient(i), lower_halves + i * p.D);
-                else finish(row_out(i, first), row_gradient(i), images, i);
+                if (b1 < cols.count)
+                  part_halves(row_out(i, first), (uint16_t*)row_gradient(i), lower_halves + i * p.D);
+                else
+                  finish(row_out(i, first), row_gradient(i), images, i);
             }
           }
           if (want_cols && r1 == p.N && (!direct || p.normalize)) {
 #pragma omp for schedule(static)
-            for (int64_t at = 0; at < (b1 - b0) * NB; at++) {
-              const int64_t k = b0 + at / NB, j = cols.begin(k) + at % NB;
-              if (at % NB < cols.size(k) && gradient_of(j)) finish(col_out(j, at), gradient_of(j) + (j < p.M ? j : j - p.M) * p.D * size_of(p.dtype), texts, j);
+            for (int64_t at = 0; at < (b1 - b0) * cols.NB; at++) {
+              const int64_t k = b0 + at / cols.NB, j = cols.begin(k) + at % cols.NB;
+              if (at % cols.NB < cols.size(k) && gradient_of(j))
+                finish(col_out(j, at), gradient_of(j) + (j < p.M ? j : j - p.M) * p.D * size_of(p.dtype), texts, j);
             }
           }
         }
@@ -123,11 +162,18 @@ template <class Op> class InfoNceBackward {
     }
   }
 
-  void part_halves(const float *sum, uint16_t *upper, uint16_t *lower) const {
-    for (int64_t d = 0; d < p.D; d++) { uint32_t u; std::memcpy(&u, sum + d, 4); upper[d] = (uint16_t)(u >> 16), lower[d] = (uint16_t)u; }
+  void part_halves(const float* sum, uint16_t* upper, uint16_t* lower) const {
+    for (int64_t d = 0; d < p.D; d++) {
+      uint32_t u;
+      std::memcpy(&u, sum + d, 4);
+      upper[d] = (uint16_t)(u >> 16), lower[d] = (uint16_t)u;
+    }
   }
-  void join_halves(float *sum, const uint16_t *upper, const uint16_t *lower) const {
-    for (int64_t d = 0; d < p.D; d++) { uint32_t u = (uint32_t)upper[d] << 16 | lower[d]; std::memcpy(sum + d, &u, 4); }
+  void join_halves(float* sum, const uint16_t* upper, const uint16_t* lower) const {
+    for (int64_t d = 0; d < p.D; d++) {
+      uint32_t u = (uint32_t)upper[d] << 16 | lower[d];
+      std::memcpy(sum + d, &u, 4);
+    }
   }
   int64_t per_thread() const { return round_up(MR * LDS + MB + NB + 2 * simd::W, 16); }
 
@@ -136,17 +182,22 @@ template <class Op> class InfoNceBackward {
   float row_weight(int64_t i) const { return p.row_grad[i] * (float)p.scale; }
   float col_weight(int64_t j) const { return p.columns && j < p.M ? p.col_grad[j] * (float)p.scale : 0.f; }
 
-  // Row and column factors of a block, dS = E (a_i + b_j): a_i = scale * row_grad 2^(shift - lse_i), b_j likewise. One shift serves a block
-  // whose log-sum-exps lie within 90 bits: no x exceeds its own row's, so E <= 2^90 and a product below 2^-126 is a gradient below 1e-10 of its row's.
+  // Row and column factors of a block, dS = E (a_i + b_j): a_i = scale * row_grad 2^(shift - lse_i), b_j likewise. One
+  // shift serves a block whose log-sum-exps lie within 90 bits: no x exceeds its own row's, so E <= 2^90 and a product
+  // below 2^-126 is a gradient below 1e-10 of its row's.
   struct Weights {
-    const InfoNceBackward &op;
+    const InfoNceBackward& op;
     float *a, *b;
     int64_t i0, mb, j0, nb;
     float shift;
     bool shared;
     mutable float held = NAN;
-    Weights(const InfoNceBackward &o, float *a_, float *b_, int64_t i0_, int64_t mb_, int64_t j0_, int64_t nb_) : op(o), a(a_), b(b_), i0(i0_), mb(mb_), j0(j0_), nb(nb_) {
-      if (op.p.sigmoid) { shared = true, shift = 0.f; return; }
+    Weights(const InfoNceBackward& o, float* a_, float* b_, int64_t i0_, int64_t mb_, int64_t j0_, int64_t nb_)
+        : op(o), a(a_), b(b_), i0(i0_), mb(mb_), j0(j0_), nb(nb_) {
+      if (op.p.sigmoid) {
+        shared = true, shift = 0.f;
+        return;
+      }
       float lo = INFINITY, hi = -INFINITY, nan = 0.f;
       auto see = [&](float v) { lo = std::min(lo, v), hi = std::max(hi, v), nan += 0.f * v; };
       for (int64_t i = i0; i < i0 + mb; i++) see(op.row_lse(i));
@@ -158,16 +209,20 @@ template <class Op> class InfoNceBackward {
       if (m == held) return;
       held = m;
       fill(a, op.p.row_grad, op.p.row_state, op.p.N, i0, mb, m);
-      if (op.p.columns && j0 < op.p.M) fill(b, op.p.col_grad, op.p.col_state, op.p.M, j0, nb, m);
-      else std::fill_n(b, NB, 0.f);
+      if (op.p.columns && j0 < op.p.M)
+        fill(b, op.p.col_grad, op.p.col_state, op.p.M, j0, nb, m);
+      else
+        std::fill_n(b, NB, 0.f);
     }
-    void fill(float *out, const float *grad, const float *state, int64_t n, int64_t from, int64_t count, float m) const {
+    void fill(float* out, const float* grad, const float* state, int64_t n, int64_t from, int64_t count,
+              float m) const {
       const simd::vec scale = simd::set1((float)op.p.scale);
       for (int64_t k = 0; k < count; k += simd::W) {
         const int64_t left = count - k;
         simd::vec g = simd::mul(scale, simd::load_first(grad + from + k, left));
         if (!op.p.sigmoid) {
-          simd::vec whole = simd::load_first(state + LSE_EXPONENT * n + from + k, left), rest = simd::load_first(state + LSE_REMAINDER * n + from + k, left);
+          simd::vec whole = simd::load_first(state + LSE_EXPONENT * n + from + k, left),
+                    rest = simd::load_first(state + LSE_REMAINDER * n + from + k, left);
           g = simd::mul(g, exp2_sum<6>(simd::sub(simd::zero(), rest), simd::sub(simd::set1(m), whole)));
         }
         simd::storeu(out + k, g);
@@ -176,20 +231,27 @@ template <class Op> class InfoNceBackward {
   };
 
   // One strip of dS (times scale), row i of the block on.
-  void ds_strip(float *strip, int R, int64_t i, int64_t block, const float *A, const float *Bp, const Weights &w) const {
+  void ds_strip(float* strip, int R, int64_t i, int64_t block, const float* A, const float* Bp,
+                const Weights& w) const {
     const int64_t slot = cache.index(block, w.i0 + i);
-    const bool cached = slot >= 0 && w.shared && cache.shifts[slot] == cache.shifts[slot];
+    // A kept tile's rows and columns have a maximum within 90 bits of its shift: that is all its weights need.
+    const bool cached = slot >= 0 && cache.shifts[slot] == cache.shifts[slot];
     const bool whole = negatives.whole_tile(w.i0 + i, R, w.j0, w.nb) && w.nb % NR == 0;
     if (!cached) dot_strip<Op>(strip, R, Kd, A, Bp, w.nb);
     if (cached || w.shared) w.hold(cached ? cache.shifts[slot] : w.shift);
-    const auto *tile = cached ? cache.tiles + slot * cache.TILE : nullptr;
-    if (p.sigmoid) cached ? sigmoid_ds<true>(strip, tile, R, i, w) : sigmoid_ds<false>(strip, tile, R, i, w);
-    else if (cached) whole ? softmax_ds<true, CACHED>(strip, tile, R, i, w) : softmax_ds<false, CACHED>(strip, tile, R, i, w);
-    else if (w.shared) whole ? softmax_ds<true, SHARED>(strip, tile, R, i, w) : softmax_ds<false, SHARED>(strip, tile, R, i, w);
-    else softmax_ds<false, SEPARATE>(strip, tile, R, i, w);
+    const auto* tile = cached ? cache.tiles + slot * cache.TILE : nullptr;
+    if (p.sigmoid)
+      cached ? sigmoid_ds<true>(strip, tile, R, i, w) : sigmoid_ds<false>(strip, tile, R, i, w);
+    else if (cached)
+      whole ? softmax_ds<true, CACHED>(strip, tile, R, i, w) : softmax_ds<false, CACHED>(strip, tile, R, i, w);
+    else if (w.shared)
+      whole ? softmax_ds<true, SHARED>(strip, tile, R, i, w) : softmax_ds<false, SHARED>(strip, tile, R, i, w);
+    else
+      softmax_ds<false, SEPARATE>(strip, tile, R, i, w);
   }
 
-  template <bool WHOLE, Source SOURCE> void softmax_ds(float *strip, const typename TileCache<Op>::elem *tile, int R, int64_t i, const Weights &w) const {
+  template <bool WHOLE, Source SOURCE>
+  void softmax_ds(float* strip, const typename TileCache<Op>::elem* tile, int R, int64_t i, const Weights& w) const {
     const simd::vec shift = simd::set1(w.held);
     const bool smooth = p.label_smoothing > 0;
     const Logits<Op> lg = logits;
@@ -197,9 +259,10 @@ template <class Op> class InfoNceBackward {
     for (int r = 0; r < R; r++) {
       const int64_t gi = w.i0 + i + r, y = negatives.positive(gi) - w.j0;
       const simd::vec a = simd::set1(w.a[i + r]), ca = simd::set1(row_weight(gi));
-      const simd::vec row_whole = simd::set1(p.row_state[LSE_EXPONENT * p.N + gi]), row_rest = simd::set1(p.row_state[LSE_REMAINDER * p.N + gi]);
+      const simd::vec row_whole = simd::set1(p.row_state[LSE_EXPONENT * p.N + gi]),
+                      row_rest = simd::set1(p.row_state[LSE_REMAINDER * p.N + gi]);
       const simd::vec row_uniform = simd::set1(row_weight(gi) * p.row_state[UNIFORM * p.N + gi]);
-      float *s = strip + r * LDS;
+      float* s = strip + r * LDS;
       for (int64_t j = 0; j < width; j += simd::W) {
         simd::vec g, n, f;
         if constexpr (SOURCE == CACHED) {
@@ -207,13 +270,15 @@ template <class Op> class InfoNceBackward {
         } else {
           lg.split(simd::load(s + j), n, f);
           if constexpr (SOURCE == SHARED) {
-            g = simd::mul(simd::ldexp(exp2_fraction<Op::EXP2_DEGREE>(f), simd::sub(n, shift)), simd::add(a, simd::load(w.b + j)));
+            g = simd::mul(simd::ldexp(exp2_fraction<Op::EXP2_DEGREE>(f), simd::sub(n, shift)),
+                          simd::add(a, simd::load(w.b + j)));
           } else {
             g = simd::mul(ca, exp2_sum<6>(simd::sub(f, row_rest), simd::sub(n, row_whole)));
             if (p.columns && w.j0 < p.M) {
               const int64_t left = w.nb - j, at = w.j0 + j;
               simd::vec cw = simd::mul(simd::load_first(p.col_grad + at, left), simd::set1((float)p.scale));
-              simd::vec whole = simd::load_first(p.col_state + LSE_EXPONENT * p.M + at, left), rest = simd::load_first(p.col_state + LSE_REMAINDER * p.M + at, left);
+              simd::vec whole = simd::load_first(p.col_state + LSE_EXPONENT * p.M + at, left),
+                        rest = simd::load_first(p.col_state + LSE_REMAINDER * p.M + at, left);
               g = simd::fma(cw, exp2_sum<6>(simd::sub(f, rest), simd::sub(n, whole)), g);
             }
           }
@@ -225,27 +290,32 @@ template <class Op> class InfoNceBackward {
       if (!WHOLE && y >= 0 && y < w.nb) s[y] = positive_ds(gi, w.j0 + y);
     }
   }
-  simd::vec col_uniform(const Weights &w, int64_t j) const {
+  simd::vec col_uniform(const Weights& w, int64_t j) const {
     if (!p.columns || w.j0 >= p.M) return simd::zero();
     const int64_t left = w.nb - j, at = w.j0 + j;
-    return simd::mul(simd::mul(simd::load_first(p.col_grad + at, left), simd::set1((float)p.scale)), simd::load_first(p.col_state + UNIFORM * p.M + at, left));
+    return simd::mul(simd::mul(simd::load_first(p.col_grad + at, left), simd::set1((float)p.scale)),
+                     simd::load_first(p.col_state + UNIFORM * p.M + at, left));
   }
   // At the positive P - 1 = expm1(-nll): no cancellation however close to 1 the probability is.
   float positive_ds(int64_t i, int64_t j) const {
     const float eps = (float)p.label_smoothing;
     float g = row_weight(i) * (std::expm1(-p.row_state[NLL * p.N + i]) + (eps - p.row_state[UNIFORM * p.N + i]));
-    if (p.columns) g += col_weight(j) * (std::expm1(-p.col_state[NLL * p.M + j]) + (eps - p.col_state[UNIFORM * p.M + j]));
+    if (p.columns)
+      g += col_weight(j) * (std::expm1(-p.col_state[NLL * p.M + j]) + (eps - p.col_state[UNIFORM * p.M + j]));
     return g;
   }
 
-  template <bool FROM_CACHE> void sigmoid_ds(float *strip, const typename TileCache<Op>::elem *tile, int R, int64_t i, const Weights &w) const {
-    const simd::vec scale = simd::set1((float)p.scale), bias = simd::set1((float)p.bias), zero = simd::zero(), one = simd::set1(1.f);
+  template <bool FROM_CACHE>
+  void sigmoid_ds(float* strip, const typename TileCache<Op>::elem* tile, int R, int64_t i, const Weights& w) const {
+    const simd::vec scale = simd::set1((float)p.scale), bias = simd::set1((float)p.bias), zero = simd::zero(),
+                    one = simd::set1(1.f);
     for (int r = 0; r < R; r++) {
       const int64_t gi = w.i0 + i + r;
       const simd::vec a = simd::set1(w.a[i + r]);
-      float *s = strip + r * LDS;
+      float* s = strip + r * LDS;
       for (int64_t j = 0; j < round_up(w.nb, NR); j += simd::W) {
-        const simd::mask neg = negatives.lanes(gi, w.j0 + j, w.nb - j), pos = simd::lane(negatives.positive(gi) - w.j0 - j);
+        const simd::mask neg = negatives.lanes(gi, w.j0 + j, w.nb - j),
+                         pos = simd::lane(negatives.positive(gi) - w.j0 - j);
         simd::vec d;
         if (FROM_CACHE) {
           d = cache.load(tile + r * NB + j);
@@ -261,11 +331,14 @@ template <class Op> class InfoNceBackward {
   }
 
   // fp32 dS -> bf16 twice: pairs along columns (d_image) and pairs of rows (d_text).
-  void round_strip(const float *strip, int R, int64_t nb, float *by_rows, float *by_pairs) const {
+  void round_strip(const float* strip, int R, int64_t nb, float* by_rows, float* by_pairs) const {
 #if defined(LIMBER_ISA_AVX512)
     for (int r = 0; r < R; r += 2)
       for (int64_t j = 0; j < nb; j += NR) {
-        auto pairs = [&](int q) { return q < R ? simd::round_pairs(simd::load(strip + q * LDS + j), simd::load(strip + q * LDS + j + simd::W)) : simd::zero(); };
+        auto pairs = [&](int q) {
+          return q < R ? simd::round_pairs(simd::load(strip + q * LDS + j), simd::load(strip + q * LDS + j + simd::W))
+                       : simd::zero();
+        };
         const simd::vec x = pairs(r), y = pairs(r + 1);
         simd::store(by_rows + r * LDN + j / 2, x);
         if (r + 1 < R) simd::store(by_rows + (r + 1) * LDN + j / 2, y);
@@ -278,13 +351,15 @@ template <class Op> class InfoNceBackward {
 #endif
   }
 
-  // fp32 accumulator -> gradient; through the fused normalisation: dx = (g - xhat <xhat, g>) / |x|, or g / eps where |x| < eps.
-  void finish(const float *acc, void *out, const Rows &rows, int64_t i) const {
+  // fp32 accumulator -> gradient; through the fused normalisation: dx = (g - xhat <xhat, g>) / |x|, or g / eps where
+  // |x| < eps.
+  void finish(const float* acc, void* out, const Rows& rows, int64_t i) const {
     const float inv = p.normalize ? rows.inv_norm[i] : 1.f;
-    const void *x = rows.row(i);
+    const void* x = rows.row(i);
     simd::vec dot = simd::zero();
     if (p.normalize && inv < 1e12f)
-      for (int64_t d = 0; d < p.D; d += simd::W) dot = simd::fma(simd::load_first(acc + d, p.D - d), load_as_float(p.dtype, x, d, p.D - d), dot);
+      for (int64_t d = 0; d < p.D; d += simd::W)
+        dot = simd::fma(simd::load_first(acc + d, p.D - d), load_as_float(p.dtype, x, d, p.D - d), dot);
     const simd::vec along = simd::set1(-simd::sum(dot) * inv * inv), vinv = simd::set1(inv);
     for (int64_t d = 0; d < p.D; d += simd::W) {
       simd::vec g = simd::load_first(acc + d, p.D - d);
@@ -293,7 +368,7 @@ template <class Op> class InfoNceBackward {
     }
   }
 
-  const InfoNceParams &p;
+  const InfoNceParams& p;
   const Columns cols;
   const Negatives negatives;
   const TileCache<Op> cache;

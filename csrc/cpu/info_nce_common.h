@@ -1,8 +1,9 @@
-// What the forward and the backward of info_nce share: blocking, the two towers as packed operands, masks, the tile cache.
+// What the forward and the backward of info_nce share: blocking, the two towers as packed operands, masks, the tile
+// cache.
 //
-// Logits live in base 2: x_ij = alpha <image_i, text_j> with alpha = scale log2(e); the bias cancels in the softmax and is left out.
-// A 'strip' is MR rows by one block of NB columns of x, in L1. The positive of a row is never summed with the negatives: losses and
-// gradients of converged rows keep their digits, and a row without negatives gives exactly 0.
+// Logits live in base 2: x_ij = alpha <image_i, text_j> with alpha = scale log2(e); the bias cancels in the softmax and
+// is left out. A 'strip' is MR rows by one block of NB columns of x, in L1. The positive of a row is never summed with
+// the negatives: losses and gradients of converged rows keep their digits, and a row without negatives gives exactly 0.
 #pragma once
 #include <cmath>
 #include <cstring>
@@ -12,11 +13,12 @@
 
 namespace limber {
 
-template <class Op> struct Blocks {
-  static constexpr int NB = 224;                          // columns: a packed text block of D = 512 fp32 is 448 KiB, half of L2
-  static constexpr int MB = Op::P == 1 ? 504 : 1008;      // rows of a backward block: dS is 472 KiB, the other half
-  static constexpr int LDS = NB + 16;                     // strip stride: 960 bytes keeps 14 rows out of each other's L1 sets
-  static constexpr int LDN = NB / Op::P + 16;             // dS by rows, in dwords
+template <class Op>
+struct Blocks {
+  static constexpr int NB = 224;  // columns: a packed text block of D = 512 fp32 is 448 KiB, half of L2
+  static constexpr int MB = Op::P == 1 ? 504 : 1008;  // rows of a backward block: dS is 472 KiB, the other half
+  static constexpr int LDS = NB + 16;          // strip stride: 960 bytes keeps 14 rows out of each other's L1 sets
+  static constexpr int LDN = NB / Op::P + 16;  // dS by rows, in dwords
   static constexpr int LDP = Op::P == 1 ? LDN : NB + 16;  // dS by row pairs (bf16)
   static constexpr int CHUNK = 126 / MR * MR;             // rows of a forward task
   static constexpr int GROUP = 32;                        // forward tasks between two merges of their column sums
@@ -26,10 +28,18 @@ template <class Op> struct Blocks {
 constexpr int64_t PANEL_BUDGET = int64_t(96) << 20;  // packed text panels and their accumulator, bytes
 constexpr int64_t MAX_COLUMNS = 65536;               // of a super-block: bounds the forward's per-task column sums
 
-// The columns in blocks of NB that never straddle text and extra negatives, and super-blocks of them whose panels fit the budget.
+// The columns in blocks that never straddle text and extra negatives, and super-blocks of them whose panels fit the
+// budget.
 struct Columns {
   int64_t M, K, NB, text_blocks, count;
-  Columns(const InfoNceParams &p, int64_t nb) : M(p.M), K(p.K), NB(nb), text_blocks(ceil_div(M, nb)), count(text_blocks + ceil_div(K, nb)) {}
+  // Even blocks of at most `widest`: 256 columns are 128 + 128, not 224 + 32, whose short products cost 10% of the
+  // backward.
+  Columns(const InfoNceParams& p, int64_t widest)
+      : M(p.M),
+        K(p.K),
+        NB(round_up(ceil_div(M, ceil_div(M, widest)), NR)),
+        text_blocks(ceil_div(M, NB)),
+        count(text_blocks + ceil_div(K, NB)) {}
   int64_t begin(int64_t b) const { return b < text_blocks ? b * NB : M + (b - text_blocks) * NB; }
   int64_t size(int64_t b) const { return std::min(NB, (b < text_blocks ? M : M + K) - begin(b)); }
   int64_t super_block(int64_t bytes_per_column) const {
@@ -37,17 +47,22 @@ struct Columns {
   }
 };
 
-inline Rows image_rows(const InfoNceParams &p, const float *inv_norm) { return {p.image, nullptr, p.image_stride, 0, p.N, p.N, p.D, p.dtype, inv_norm}; }
-inline Rows text_rows(const InfoNceParams &p, const float *inv_norm) { return {p.text, p.extra, p.text_stride, p.extra_stride, p.M, p.M + p.K, p.D, p.dtype, inv_norm}; }
+inline Rows image_rows(const InfoNceParams& p, const float* inv_norm) {
+  return {p.image, nullptr, p.image_stride, 0, p.N, p.N, p.D, p.dtype, inv_norm};
+}
+inline Rows text_rows(const InfoNceParams& p, const float* inv_norm) {
+  return {p.text, p.extra, p.text_stride, p.extra_stride, p.M, p.M + p.K, p.D, p.dtype, inv_norm};
+}
 
 // Scale 0 keeps the order of the logits for d loss / d scale: 1e-30 is 0 in every log-sum-exp.
-inline double log2_scale(const InfoNceParams &p) { return (p.scale == 0 ? 1e-30 : p.scale) * LOG2E; }
+inline double log2_scale(const InfoNceParams& p) { return (p.scale == 0 ? 1e-30 : p.scale) * LOG2E; }
 
 // x = alpha * dot, split as n + f with one rounding of the small f, so that a large logit costs no digits.
-template <class Op> struct Logits {
+template <class Op>
+struct Logits {
   simd::vec alpha, alpha_low;
   explicit Logits(double a) : alpha(simd::set1((float)a)), alpha_low(simd::set1((float)(a - (float)a))) {}
-  void split(simd::vec dot, simd::vec &n, simd::vec &f) const {
+  void split(simd::vec dot, simd::vec& n, simd::vec& f) const {
     n = simd::round(simd::mul(dot, alpha));
     f = simd::fms(dot, alpha, n);
     if constexpr (Op::P == 1) f = simd::fma(dot, alpha_low, f);
@@ -58,11 +73,14 @@ template <class Op> struct Logits {
 struct Negatives {
   const int32_t *labels, *image_ids, *text_ids;
   int64_t M;
-  explicit Negatives(const InfoNceParams &p) : labels(p.labels), image_ids(p.image_ids), text_ids(p.text_ids), M(p.M) {}
+  explicit Negatives(const InfoNceParams& p) : labels(p.labels), image_ids(p.image_ids), text_ids(p.text_ids), M(p.M) {}
   int64_t positive(int64_t i) const { return labels ? labels[i] : i; }
   bool whole_tile(int64_t i, int R, int64_t j0, int64_t nb) const {  // every element of the tile is a negative
     if ((image_ids && j0 < M) || nb % simd::W) return false;
-    for (int r = 0; r < R; r++) { int64_t d = positive(i + r) - j0; if (d >= 0 && d < nb) return false; }
+    for (int r = 0; r < R; r++) {
+      int64_t d = positive(i + r) - j0;
+      if (d >= 0 && d < nb) return false;
+    }
     return true;
   }
   simd::mask lanes(int64_t i, int64_t j, int64_t left) const {
@@ -71,41 +89,61 @@ struct Negatives {
   }
 };
 
-// Tiles of E = 2^(x - shift) (sigmoid: of d loss / d x) kept from the forward, the first `strips` of them in (block, row) order.
-// fp32 tiles for fp32 arithmetic (bf16 tiles would cost the gradient 16 bits), bf16 tiles for bf16. A shift of NaN: not kept.
-template <class Op> struct TileCache {
+// Tiles of E = 2^(x - shift) (sigmoid: of d loss / d x) kept from the forward, the first `strips` of them in (block,
+// row) order. fp32 tiles for fp32 arithmetic (bf16 tiles would cost the gradient 16 bits), bf16 tiles for bf16. A shift
+// of NaN: not kept.
+template <class Op>
+struct TileCache {
   using elem = std::conditional_t<Op::P == 1, float, uint16_t>;
   static constexpr int64_t TILE = int64_t(MR) * Blocks<Op>::NB;
   int64_t strips_per_block, strips;
-  float *shifts;
-  elem *tiles;
-  static int64_t bytes_for(int64_t strips) { return round_up(strips * 4, 64) + strips * TILE * (int64_t)sizeof(elem) + 64; }
-  explicit TileCache(const InfoNceParams &p) : strips_per_block(ceil_div(p.N, MR)) {
+  float* shifts;
+  elem* tiles;
+  static int64_t bytes_for(int64_t strips) {
+    return round_up(strips * 4, 64) + strips * TILE * (int64_t)sizeof(elem) + 64;
+  }
+  explicit TileCache(const InfoNceParams& p) : strips_per_block(ceil_div(p.N, MR)) {
     strips = p.cache ? std::max<int64_t>(0, (p.cache_bytes - 128) / (TILE * (int64_t)sizeof(elem) + 4)) : 0;
     uintptr_t base = round_up((int64_t)(uintptr_t)p.cache, 64);
-    shifts = (float *)base;
-    tiles = (elem *)(base + round_up(strips * 4, 64));
+    shifts = (float*)base;
+    tiles = (elem*)(base + round_up(strips * 4, 64));
   }
-  int64_t index(int64_t block, int64_t i) const { int64_t s = block * strips_per_block + i / MR; return s < strips ? s : -1; }
-  static simd::vec load(const elem *p) {
-    if constexpr (Op::P == 1) return simd::load(p);
-    else return simd::load_bf16(p, simd::W);
+  int64_t index(int64_t block, int64_t i) const {
+    int64_t s = block * strips_per_block + i / MR;
+    return s < strips ? s : -1;
   }
-  static void store(elem *p, simd::vec v) {
-    if constexpr (Op::P == 1) simd::store(p, v);
-    else simd::store_bf16(p, v, simd::W);
+  bool complete(int64_t blocks) const {  // every strip kept: the backward recomputes nothing
+    if (strips < blocks * strips_per_block) return false;
+    for (int64_t s = 0; s < blocks * strips_per_block; s++)
+      if (shifts[s] != shifts[s]) return false;
+    return true;
+  }
+  static simd::vec load(const elem* p) {
+    if constexpr (Op::P == 1)
+      return simd::load(p);
+    else
+      return simd::load_bf16(p, simd::W);
+  }
+  static void store(elem* p, simd::vec v) {
+    if constexpr (Op::P == 1)
+      simd::store(p, v);
+    else
+      simd::store_bf16(p, v, simd::W);
   }
 };
 
-// strip[R x nb] = A panel . B block. K goes in chunks of 128 dwords: one chain over D = 512 has twice the rounding error of eager.
-template <class Op> static void dot_strip(float *strip, int R, int64_t Kd, const float *A, const float *B, int64_t nb) {
+// strip[R x nb] = A panel . B block. K goes in chunks of 128 dwords: one chain over D = 512 has twice the rounding
+// error of eager.
+template <class Op>
+static void dot_strip(float* strip, int R, int64_t Kd, const float* A, const float* B, int64_t nb) {
   constexpr int64_t CHAIN = 128;
   for (int64_t j = 0; j < nb; j += NR)
     for (int64_t k = 0; k < Kd; k += CHAIN)
-      gemm_tile<Op, 1, MR>(R, std::min(CHAIN, Kd - k), A + k * MR, B + j * Kd + k * NR, strip + j, Blocks<Op>::LDS, NR, k > 0);
+      gemm_tile<Op, 1, MR>(R, std::min(CHAIN, Kd - k), A + k * MR, B + j * Kd + k * NR, strip + j, Blocks<Op>::LDS, NR,
+                           k > 0);
 }
 
-inline void inverse_norms(const Rows &rows, float *out) {
+inline void inverse_norms(const Rows& rows, float* out) {
 #pragma omp for schedule(static)
   for (int64_t i = 0; i < rows.count; i++) out[i] = rows.inverse_norm(i);
 }

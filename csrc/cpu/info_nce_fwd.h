@@ -1,7 +1,8 @@
-// Forward of info_nce: one pass over the strips of x gives every row's and every column's log-sum-exp, loss and d loss / d scale.
+// Forward of info_nce: one pass over the strips of x gives every row's and every column's log-sum-exp, loss and d loss
+// / d scale.
 //
-// A task owns CHUNK rows (their sums are final when it ends) and sums columns privately; GROUP tasks later the private column sums are
-// merged in task order. So the result does not depend on the number of threads. FLOP: 2 N (M + K) D.
+// A task owns CHUNK rows (their sums are final when it ends) and sums columns privately; GROUP tasks later the private
+// column sums are merged in task order. So the result does not depend on the number of threads. FLOP: 2 N (M + K) D.
 #pragma once
 #include <omp.h>
 
@@ -9,7 +10,8 @@
 
 namespace limber {
 
-// sum 2^(x - shift) and sum 2^(x - shift) (x - shift); the second gives d lse / d scale around the maximum, free of common offsets.
+// sum 2^(x - shift) and sum 2^(x - shift) (x - shift); the second gives d lse / d scale around the maximum, free of
+// common offsets.
 struct Sums {
   float *shift, *sum, *xsum;
   Sums at(int64_t k) const { return {shift + k, sum + k, xsum + k}; }
@@ -22,42 +24,67 @@ struct Sums {
     if (S == 0.f) {
       M = m, S = s, X = x;
     } else {
-      if (m > M) { float g = exp2f(M - m); X = g == 0.f ? 0.f : (X + S * (M - m)) * g; S *= g; M = m; }
-      else if (m < M) { float g = exp2f(m - M); x = g == 0.f ? 0.f : (x + s * (m - M)) * g; s *= g; }
+      if (m > M) {
+        float g = exp2f(M - m);
+        X = g == 0.f ? 0.f : (X + S * (M - m)) * g;
+        S *= g;
+        M = m;
+      } else if (m < M) {
+        float g = exp2f(m - M);
+        x = g == 0.f ? 0.f : (x + s * (m - M)) * g;
+        s *= g;
+      }
       S += s, X += x;
     }
-    if (!(S > 1e-10f && S < 1e10f) && S > 0.f && S < INFINITY) { int e; float S0 = S; S = frexpf(S, &e); X = ldexpf(X - S0 * e, -e); M += e; }
+    if (!(S > 1e-10f && S < 1e10f) && S > 0.f && S < INFINITY) {
+      int e;
+      float S0 = S;
+      S = frexpf(S, &e);
+      X = ldexpf(X - S0 * e, -e);
+      M += e;
+    }
     shift[i] = M, sum[i] = S, xsum[i] = X;
   }
 };
 
 // Best negative (top-1) and plain sum of the negatives (label smoothing): only when asked for.
 struct Extras {
-  float *best = nullptr;
-  double *total = nullptr;
-  int32_t *live = nullptr;
+  float* best = nullptr;
+  double* total = nullptr;
+  int32_t* live = nullptr;
   Extras at(int64_t k) const { return best ? Extras{best + k, total + k, live + k} : *this; }
-  void clear(int64_t n) const { for (int64_t i = 0; best && i < n; i++) best[i] = -INFINITY, total[i] = 0, live[i] = 0; }
+  void clear(int64_t n) const {
+    for (int64_t i = 0; best && i < n; i++) best[i] = -INFINITY, total[i] = 0, live[i] = 0;
+  }
   void merge(int64_t i, float b, double t, int n) const { best[i] = std::max(best[i], b), total[i] += t, live[i] += n; }
 };
 
-template <class Op> class InfoNceForward {
+template <class Op>
+class InfoNceForward {
   using B = Blocks<Op>;
   static constexpr int NB = B::NB, LDS = B::LDS;
   // Sums of 2^(x - shift) are exact to fp32 while no row's or column's own maximum lies 90 bits below the shared shift.
   static constexpr float SPAN = 90.f;
 
  public:
-  explicit InfoNceForward(const InfoNceParams &params)
-      : p(params), cols(p, NB), negatives(p), cache(p), alpha(log2_scale(p)), logits(alpha), Kd(ceil_div(p.D, Op::P)),
+  explicit InfoNceForward(const InfoNceParams& params)
+      : p(params),
+        cols(p, NB),
+        negatives(p),
+        cache(p),
+        alpha(log2_scale(p)),
+        logits(alpha),
+        Kd(ceil_div(p.D, Op::P)),
         chunk(std::min<int64_t>(round_up(ceil_div(p.N, 16), MR), B::CHUNK)) {}
 
   void run() {
-    const int64_t super = cols.super_block(Kd * 4), width = super * NB, tasks = ceil_div(p.N, chunk), group = std::min<int64_t>(B::GROUP, tasks);
+    const int64_t super = cols.super_block(Kd * 4), width = super * cols.NB, tasks = ceil_div(p.N, chunk),
+                  group = std::min<int64_t>(B::GROUP, tasks);
     const bool extras = p.row_correct || p.label_smoothing > 0;
     advise_huge_pages(p.cache, p.cache_bytes);
     panels = Buffer<float>(width * Kd);
-    Buffer<float> norms(p.normalize ? p.N + p.M + p.K : 0), sums(3 * (p.N + p.M + group * width)), positive(p.N + p.M), scratch(p.threads * per_thread());
+    Buffer<float> norms(p.normalize ? p.N + p.M + p.K : 0), sums(3 * (p.N + p.M + group * width)), positive(p.N + p.M),
+        scratch(p.threads * per_thread());
     Buffer<float> best(extras ? p.N + p.M + group * width : 0);
     Buffer<double> total(extras ? p.N + p.M + group * width : 0);
     Buffer<int32_t> live(extras ? p.N + p.M + group * width : 0);
@@ -73,12 +100,16 @@ template <class Op> class InfoNceForward {
 
 #pragma omp parallel num_threads(p.threads)
     {
-      float *mine = scratch + omp_get_thread_num() * per_thread();
-      if (p.normalize) { inverse_norms(images, norms); inverse_norms(texts, norms + p.N); }
+      float* mine = scratch + omp_get_thread_num() * per_thread();
+      if (p.normalize) {
+        inverse_norms(images, norms);
+        inverse_norms(texts, norms + p.N);
+      }
       for (int64_t b0 = 0; b0 < cols.count; b0 += super) {
         const int64_t b1 = std::min(b0 + super, cols.count);
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t b = b0; b < b1; b++) pack_transposed<Op, NR>(texts, cols.begin(b), cols.begin(b) + cols.size(b), panels + (b - b0) * NB * Kd);
+        for (int64_t b = b0; b < b1; b++)
+          pack_transposed<Op, NR>(texts, cols.begin(b), cols.begin(b) + cols.size(b), panels + (b - b0) * cols.NB * Kd);
         for (int64_t t0 = 0; t0 < tasks; t0 += group) {
           const int64_t t1 = std::min(t0 + group, tasks);
           auto task_sums = [&](int64_t t) { return carve(p.N + p.M + (t - t0) * width, width); };
@@ -90,11 +121,14 @@ template <class Op> class InfoNceForward {
           }
           if (p.columns)
 #pragma omp for schedule(static)
-            for (int64_t j = b0 * NB; j < std::min(b1 * NB, p.M); j++)
+            for (int64_t j = b0 * cols.NB; j < std::min(b1 * cols.NB, p.M); j++)
               for (int64_t t = t0; t < t1; t++) {
-                const Sums s = task_sums(t).at(j - b0 * NB);
+                const Sums s = task_sums(t).at(j - b0 * cols.NB);
                 col.merge(j, *s.shift, *s.sum, *s.xsum);
-                if (extras) { const Extras x = task_extras(t).at(j - b0 * NB); col_x.merge(j, *x.best, *x.total, *x.live); }
+                if (extras) {
+                  const Extras x = task_extras(t).at(j - b0 * cols.NB);
+                  col_x.merge(j, *x.best, *x.total, *x.live);
+                }
               }
         }
       }
@@ -110,15 +144,17 @@ template <class Op> class InfoNceForward {
   int64_t per_thread() const { return round_up(MR * LDS + 2 * NB + B::CHUNK * Kd, 16); }
 
   // Rows i0 .. i1-1 against column blocks b0 .. b1-1.
-  void task(int64_t i0, int64_t i1, int64_t b0, int64_t b1, Sums row, Sums col, Extras row_x, Extras col_x, float *scratch) {
+  void task(int64_t i0, int64_t i1, int64_t b0, int64_t b1, Sums row, Sums col, Extras row_x, Extras col_x,
+            float* scratch) {
     float *strip = scratch, *csum = strip + MR * LDS, *cxsum = csum + NB, *A = cxsum + NB;
     pack_transposed<Op, MR>(images, i0, i1, A);
     for (int64_t b = b0; b < b1; b++) {
-      const int64_t j0 = cols.begin(b), nb = cols.size(b), at = (b - b0) * NB;
+      const int64_t j0 = cols.begin(b), nb = cols.size(b), at = (b - b0) * cols.NB;
       float shift = NAN;
       bool open = false;  // csum, cxsum hold column sums under `shift`
       auto flush = [&] {
-        if (open) for (int64_t j = 0; j < nb; j++) col.merge(at + j, shift, csum[j], cxsum[j]);
+        if (open)
+          for (int64_t j = 0; j < nb; j++) col.merge(at + j, shift, csum[j], cxsum[j]);
         open = false;
       };
       for (int64_t i = i0; i < i1; i += MR) {
@@ -127,8 +163,10 @@ template <class Op> class InfoNceForward {
         take_positives(strip, R, i, j0, nb);
         const bool whole = negatives.whole_tile(i, R, j0, nb);
         const int64_t slot = cache.index(b, i);
-        auto *tile = slot >= 0 ? cache.tiles + slot * cache.TILE : nullptr;
-        if (row_x.best) whole ? extra_sums<true>(strip, R, i, j0, nb, row_x, col_x.at(at)) : extra_sums<false>(strip, R, i, j0, nb, row_x, col_x.at(at));
+        auto* tile = slot >= 0 ? cache.tiles + slot * cache.TILE : nullptr;
+        if (row_x.best)
+          whole ? extra_sums<true>(strip, R, i, j0, nb, row_x, col_x.at(at))
+                : extra_sums<false>(strip, R, i, j0, nb, row_x, col_x.at(at));
         if (p.sigmoid) {
           if (tile) cache.shifts[slot] = 0.f;
           sigmoid_sums(strip, R, i, j0, nb, row, tile);
@@ -136,15 +174,22 @@ template <class Op> class InfoNceForward {
         }
         auto [lo, hi] = whole ? range<true>(strip, R, i, j0, nb) : range<false>(strip, R, i, j0, nb);
         if (lo > hi) {  // no negatives in this tile
-          if (tile) { cache.shifts[slot] = 0.f; for (int64_t k = 0; k < cache.TILE; k += simd::W) cache.store(tile + k, simd::zero()); }
+          if (tile) {
+            cache.shifts[slot] = 0.f;
+            for (int64_t k = 0; k < cache.TILE; k += simd::W) cache.store(tile + k, simd::zero());
+          }
           continue;
         }
         // The shift is an integer, kept from strip to strip until the maximum has moved by 30 bits.
         if (open && !(std::fabs(hi - shift) <= 30.f)) flush();
-        if (!open) { shift = rintf(hi), open = true; std::memset(csum, 0, 2 * NB * sizeof(float)); }
+        if (!open) {
+          shift = rintf(hi), open = true;
+          std::memset(csum, 0, 2 * NB * sizeof(float));
+        }
         if (lo > shift - SPAN || maxima_above(strip, R, i, j0, nb, shift - SPAN)) {
           if (tile) cache.shifts[slot] = shift;
-          whole ? shared_sums<true>(strip, R, i, j0, nb, shift, row, csum, cxsum, tile) : shared_sums<false>(strip, R, i, j0, nb, shift, row, csum, cxsum, tile);
+          whole ? shared_sums<true>(strip, R, i, j0, nb, shift, row, csum, cxsum, tile)
+                : shared_sums<false>(strip, R, i, j0, nb, shift, row, csum, cxsum, tile);
         } else {
           if (tile) cache.shifts[slot] = NAN;
           separate_sums(strip, R, i, j0, nb, row, col.at(at));
@@ -154,7 +199,7 @@ template <class Op> class InfoNceForward {
     }
   }
 
-  void take_positives(const float *strip, int R, int64_t i, int64_t j0, int64_t nb) {
+  void take_positives(const float* strip, int R, int64_t i, int64_t j0, int64_t nb) {
     for (int r = 0; r < R; r++) {
       const int64_t d = negatives.positive(i + r) - j0;
       if (d < 0 || d >= nb) continue;
@@ -164,13 +209,16 @@ template <class Op> class InfoNceForward {
   }
 
   // Calls f(r, j, lanes, dot) for every vector of the strip.
-  template <bool WHOLE, class F> void each(const float *strip, int R, int64_t i, int64_t j0, int64_t nb, F f) const {
+  template <bool WHOLE, class F>
+  void each(const float* strip, int R, int64_t i, int64_t j0, int64_t nb, F f) const {
     for (int r = 0; r < R; r++)
       for (int64_t j = 0; j < nb; j += simd::W)
         f(r, j, WHOLE ? simd::first(simd::W) : negatives.lanes(i + r, j0 + j, nb - j), simd::load(strip + r * LDS + j));
   }
 
-  template <bool WHOLE> std::pair<float, float> range(const float *strip, int R, int64_t i, int64_t j0, int64_t nb) const {  // of the negatives' x
+  template <bool WHOLE>
+  std::pair<float, float> range(const float* strip, int R, int64_t i, int64_t j0,
+                                int64_t nb) const {  // of the negatives' x
     simd::vec hi = simd::set1(-INFINITY), lo = simd::set1(INFINITY);
     each<WHOLE>(strip, R, i, j0, nb, [&](int, int64_t, simd::mask m, simd::vec v) {
       hi = simd::max(hi, WHOLE ? v : simd::select(m, v, hi));
@@ -180,34 +228,42 @@ template <class Op> class InfoNceForward {
     return a < 0 ? std::pair{y, x} : std::pair{x, y};
   }
 
-  bool maxima_above(const float *strip, int R, int64_t i, int64_t j0, int64_t nb, float floor) const {  // every row's and column's own
+  bool maxima_above(const float* strip, int R, int64_t i, int64_t j0, int64_t nb,
+                    float floor) const {  // every row's and column's own
     const simd::vec none = simd::set1(-INFINITY), a = simd::set1((float)alpha);
     auto low = [&](float m) { return !(m > floor) && m != -INFINITY; };  // -inf: nothing to sum
     for (int r = 0; r < R; r++) {
       simd::vec m = none;
-      for (int64_t j = 0; j < nb; j += simd::W) m = simd::max(m, simd::select(negatives.lanes(i + r, j0 + j, nb - j), simd::mul(a, simd::load(strip + r * LDS + j)), none));
+      for (int64_t j = 0; j < nb; j += simd::W)
+        m = simd::max(m, simd::select(negatives.lanes(i + r, j0 + j, nb - j),
+                                      simd::mul(a, simd::load(strip + r * LDS + j)), none));
       if (low(simd::hmax(m))) return false;
     }
     for (int64_t j = 0; j < nb; j += simd::W) {
       simd::vec m = none;
-      for (int r = 0; r < R; r++) m = simd::max(m, simd::select(negatives.lanes(i + r, j0 + j, nb - j), simd::mul(a, simd::load(strip + r * LDS + j)), none));
+      for (int r = 0; r < R; r++)
+        m = simd::max(m, simd::select(negatives.lanes(i + r, j0 + j, nb - j),
+                                      simd::mul(a, simd::load(strip + r * LDS + j)), none));
       alignas(64) float lane[simd::W];
       simd::store(lane, m);
-      for (int k = 0; k < simd::W; k++) if (low(lane[k])) return false;
+      for (int k = 0; k < simd::W; k++)
+        if (low(lane[k])) return false;
     }
     return true;
   }
 
   // One exponential per element under a shift shared by the tile serves row sums, column sums and the backward's tile.
-  template <bool WHOLE> void shared_sums(const float *strip, int R, int64_t i, int64_t j0, int64_t nb, float shift, Sums row, float *csum, float *cxsum,
-                                         typename TileCache<Op>::elem *tile) const {
+  template <bool WHOLE>
+  void shared_sums(const float* strip, int R, int64_t i, int64_t j0, int64_t nb, float shift, Sums row, float* csum,
+                   float* cxsum, typename TileCache<Op>::elem* tile) const {
     constexpr int H = MR / 2;  // row sums of half a strip stay in registers
     int r = 0;
     for (; r + H <= R; r += H) shared_rows<WHOLE, H>(strip, r, i + r, j0, nb, shift, row, csum, cxsum, tile);
     for (; r < R; r++) shared_rows<WHOLE, 1>(strip, r, i + r, j0, nb, shift, row, csum, cxsum, tile);
   }
-  template <bool WHOLE, int H> void shared_rows(const float *strip, int r0, int64_t i, int64_t j0, int64_t nb, float shift, Sums row, float *csum, float *cxsum,
-                                                typename TileCache<Op>::elem *tile) const {
+  template <bool WHOLE, int H>
+  void shared_rows(const float* strip, int r0, int64_t i, int64_t j0, int64_t nb, float shift, Sums row, float* csum,
+                   float* cxsum, typename TileCache<Op>::elem* tile) const {
     const simd::vec vshift = simd::set1(shift);
     const Logits<Op> lg = logits;
     simd::vec s[H], xs[H];
@@ -233,11 +289,12 @@ template <class Op> class InfoNceForward {
     for (int r = 0; r < H; r++) row.merge(i + r, shift, simd::sum(s[r]), simd::sum(xs[r]));
   }
 
-  // Two exponentials, every row and column under its own shift: for tiles that span more than SPAN bits, infinite or NaN ones.
-  void separate_sums(const float *strip, int R, int64_t i, int64_t j0, int64_t nb, Sums row, Sums col) const {
+  // Two exponentials, every row and column under its own shift: for tiles that span more than SPAN bits, infinite or
+  // NaN ones.
+  void separate_sums(const float* strip, int R, int64_t i, int64_t j0, int64_t nb, Sums row, Sums col) const {
     const simd::vec none = simd::set1(-INFINITY), va = simd::set1((float)alpha);
     auto x_of = [&](simd::mask m, simd::vec dot) { return simd::select(m, simd::mul(dot, va), none); };
-    auto add = [&](simd::mask m, simd::vec dot, simd::vec shift, simd::vec &s, simd::vec &xs) {
+    auto add = [&](simd::mask m, simd::vec dot, simd::vec shift, simd::vec& s, simd::vec& xs) {
       simd::vec n, f;
       logits.split(dot, n, f);
       n = simd::sub(n, shift);
@@ -250,34 +307,43 @@ template <class Op> class InfoNceForward {
     auto shift_of = [](float hi) { return hi == -INFINITY ? 0.f : rintf(hi); };
     for (int r = 0; r < R; r++) {
       simd::vec hi = none, s = simd::zero(), xs = s;
-      for (int64_t j = 0; j < nb; j += simd::W) hi = simd::max(hi, x_of(negatives.lanes(i + r, j0 + j, nb - j), simd::load(strip + r * LDS + j)));
+      for (int64_t j = 0; j < nb; j += simd::W)
+        hi = simd::max(hi, x_of(negatives.lanes(i + r, j0 + j, nb - j), simd::load(strip + r * LDS + j)));
       const float shift = shift_of(simd::hmax(hi));
-      for (int64_t j = 0; j < nb; j += simd::W) add(negatives.lanes(i + r, j0 + j, nb - j), simd::load(strip + r * LDS + j), simd::set1(shift), s, xs);
+      for (int64_t j = 0; j < nb; j += simd::W)
+        add(negatives.lanes(i + r, j0 + j, nb - j), simd::load(strip + r * LDS + j), simd::set1(shift), s, xs);
       row.merge(i + r, shift, simd::sum(s), simd::sum(xs));
     }
     for (int64_t j = 0; j < nb; j += simd::W) {
       simd::vec hi = none, s = simd::zero(), xs = s;
-      for (int r = 0; r < R; r++) hi = simd::max(hi, x_of(negatives.lanes(i + r, j0 + j, nb - j), simd::load(strip + r * LDS + j)));
+      for (int r = 0; r < R; r++)
+        hi = simd::max(hi, x_of(negatives.lanes(i + r, j0 + j, nb - j), simd::load(strip + r * LDS + j)));
       alignas(64) float m[simd::W], sum[simd::W], xsum[simd::W];
       simd::store(m, hi);
-      for (float &v : m) v = shift_of(v);
-      for (int r = 0; r < R; r++) add(negatives.lanes(i + r, j0 + j, nb - j), simd::load(strip + r * LDS + j), simd::load(m), s, xs);
+      for (float& v : m) v = shift_of(v);
+      for (int r = 0; r < R; r++)
+        add(negatives.lanes(i + r, j0 + j, nb - j), simd::load(strip + r * LDS + j), simd::load(m), s, xs);
       simd::store(sum, s), simd::store(xsum, xs);
       for (int k = 0; k < simd::W && j + k < nb; k++) col.merge(j + k, m[k], sum[k], xsum[k]);
     }
   }
 
-  // softplus(-z x) and sigma(x) - [positive], in nats; row.shift, sum, xsum collect d loss / d bias, loss, d loss / d scale.
-  void sigmoid_sums(const float *strip, int R, int64_t i, int64_t j0, int64_t nb, Sums row, typename TileCache<Op>::elem *tile) const {
-    const simd::vec scale = simd::set1((float)p.scale), bias = simd::set1((float)p.bias), zero = simd::zero(), one = simd::set1(1.f);
+  // softplus(-z x) and sigma(x) - [positive], in nats; row.shift, sum, xsum collect d loss / d bias, loss, d loss / d
+  // scale.
+  void sigmoid_sums(const float* strip, int R, int64_t i, int64_t j0, int64_t nb, Sums row,
+                    typename TileCache<Op>::elem* tile) const {
+    const simd::vec scale = simd::set1((float)p.scale), bias = simd::set1((float)p.bias), zero = simd::zero(),
+                    one = simd::set1(1.f);
     for (int r = 0; r < R; r++) {
       simd::vec loss = zero, dscale = zero, dbias = zero;
       for (int64_t j = 0; j < nb; j += simd::W) {
         const simd::vec dot = simd::load(strip + r * LDS + j), x = simd::fma(dot, scale, bias);
-        const simd::mask neg = negatives.lanes(i + r, j0 + j, nb - j), pos = simd::lane(negatives.positive(i + r) - j0 - j);
+        const simd::mask neg = negatives.lanes(i + r, j0 + j, nb - j),
+                         pos = simd::lane(negatives.positive(i + r) - j0 - j);
         const simd::vec y = simd::select(pos, simd::sub(zero, x), x);  // softplus(y), d = +-sigma(y)
         const simd::vec e = exp_nonpositive(simd::sub(zero, simd::abs(y))), q = simd::div(one, simd::add(one, e));
-        simd::vec l = simd::add(simd::max(y, zero), log1p_unit(e)), d = simd::select(simd::less(y, zero), simd::mul(e, q), q);
+        simd::vec l = simd::add(simd::max(y, zero), log1p_unit(e)),
+                  d = simd::select(simd::less(y, zero), simd::mul(e, q), q);
         const simd::mask live = simd::either(neg, pos);
         d = simd::select(live, simd::select(pos, simd::sub(zero, d), d), zero);
         loss = simd::add(loss, simd::select(live, l, zero));
@@ -290,7 +356,8 @@ template <class Op> class InfoNceForward {
     }
   }
 
-  template <bool WHOLE> void extra_sums(const float *strip, int R, int64_t i, int64_t j0, int64_t nb, Extras row, Extras col) const {
+  template <bool WHOLE>
+  void extra_sums(const float* strip, int R, int64_t i, int64_t j0, int64_t nb, Extras row, Extras col) const {
     const simd::vec none = simd::set1(-INFINITY), a = simd::set1((float)alpha);
     for (int64_t j = 0; j < nb; j += simd::W) {
       simd::vec best = none, total = simd::zero();
@@ -300,7 +367,8 @@ template <class Op> class InfoNceForward {
         const simd::mask m = WHOLE ? simd::first(simd::W) : negatives.lanes(i + r, j0 + j, nb - j);
         const simd::vec x = simd::mul(a, simd::load(strip + r * LDS + j)), kept = simd::select(m, x, simd::zero());
         const simd::vec b = simd::select(m, x, none);
-        best = simd::max(best, b), total = simd::add(total, kept), live = simd::add(live, simd::select(m, simd::set1(1.f), simd::zero()));
+        best = simd::max(best, b), total = simd::add(total, kept),
+        live = simd::add(live, simd::select(m, simd::set1(1.f), simd::zero()));
         row.merge(i + r, simd::hmax(b), simd::sum(kept), simd::count(m));
       }
       simd::store(cb, best), simd::store(ct, total), simd::store(cn, live);
@@ -309,8 +377,8 @@ template <class Op> class InfoNceForward {
   }
 
   // Sums of one row (or column) and its positive's dot -> the state that the caller sees.
-  void finish(float *state, uint8_t *correct, int64_t n, int64_t i, Sums sums, Extras extra, float positive) const {
-    auto field = [&](InfoNceField k) -> float & { return state[k * n + i]; };
+  void finish(float* state, uint8_t* correct, int64_t n, int64_t i, Sums sums, Extras extra, float positive) const {
+    auto field = [&](InfoNceField k) -> float& { return state[k * n + i]; };
     double loss, dscale, uniform = 0;
     if (p.sigmoid) {
       field(LSE_EXPONENT) = field(LSE_REMAINDER) = 0.f;
@@ -320,8 +388,13 @@ template <class Op> class InfoNceForward {
       const double S = sums.sum[i], M = S == 0 ? 0 : sums.shift[i], x = alpha * positive;
       const double ratio = S == 0 ? 0 * x : S * std::exp2(M - x);  // negatives : positive
       const bool finite = ratio < 1e300;
-      const double nll = finite ? std::log1p(ratio) : ratio != ratio ? NAN : LN2 * (M - x + std::log2(S)), lse = x + nll / LN2;
-      const double unit = S == 0 ? 0 : finite ? ratio / ((1 + ratio) * S) : std::exp2(M - lse);  // probability per unit of S
+      const double nll = finite           ? std::log1p(ratio)
+                         : ratio != ratio ? NAN
+                                          : LN2 * (M - x + std::log2(S)),
+                   lse = x + nll / LN2;
+      const double unit = S == 0   ? 0
+                          : finite ? ratio / ((1 + ratio) * S)
+                                   : std::exp2(M - lse);  // probability per unit of S
       double whole = std::rint(lse);
       field(LSE_EXPONENT) = (float)whole, field(LSE_REMAINDER) = (float)(lse - whole);
       field(NLL) = (float)nll;
@@ -338,7 +411,7 @@ template <class Op> class InfoNceForward {
     if (correct) correct[i] = loss == loss && (float)alpha * positive > extra.best[i];
   }
 
-  const InfoNceParams &p;
+  const InfoNceParams& p;
   const Columns cols;
   const Negatives negatives;
   const TileCache<Op> cache;

@@ -1,4 +1,5 @@
-// Rows of a matrix in memory, read as fp32 or as bf16 pairs: dtype conversion, optional row scale (fused L2 normalisation), zero padding.
+// Rows of a matrix in memory, read as fp32 or as bf16 pairs: dtype conversion, optional row scale (fused L2
+// normalisation), zero padding.
 #pragma once
 #include <cmath>
 
@@ -8,7 +9,8 @@
 
 namespace limber {
 
-// What a register-tile product multiplies. A 'dword' is its unit along k: one float, or two bf16 neighbours for vdpbf16ps.
+// What a register-tile product multiplies. A 'dword' is its unit along k: one float, or two bf16 neighbours for
+// vdpbf16ps.
 struct F32 {
   static constexpr int P = 1, EXP2_DEGREE = 6;  // 2e-9
   static simd::vec madd(simd::vec c, simd::vec a, simd::vec b) { return simd::fma(a, b, c); }
@@ -22,14 +24,18 @@ struct BF16 {
 
 inline int64_t size_of(Dtype t) { return t == Dtype::f32 ? 4 : 2; }
 
-inline simd::vec load_as_float(Dtype t, const void *p, int64_t d, int64_t left) {
-  if (t == Dtype::f32) return simd::load_first((const float *)p + d, left);
-  return t == Dtype::bf16 ? simd::load_bf16((const uint16_t *)p + d, left) : simd::load_f16((const uint16_t *)p + d, left);
+inline simd::vec load_as_float(Dtype t, const void* p, int64_t d, int64_t left) {
+  if (t == Dtype::f32) return simd::load_first((const float*)p + d, left);
+  return t == Dtype::bf16 ? simd::load_bf16((const uint16_t*)p + d, left)
+                          : simd::load_f16((const uint16_t*)p + d, left);
 }
-inline void store_from_float(Dtype t, void *p, int64_t d, simd::vec v, int64_t left) {
-  if (t == Dtype::f32) simd::store_first((float *)p + d, v, left);
-  else if (t == Dtype::bf16) simd::store_bf16((uint16_t *)p + d, v, left);
-  else simd::store_f16((uint16_t *)p + d, v, left);
+inline void store_from_float(Dtype t, void* p, int64_t d, simd::vec v, int64_t left) {
+  if (t == Dtype::f32)
+    simd::store_first((float*)p + d, v, left);
+  else if (t == Dtype::bf16)
+    simd::store_bf16((uint16_t*)p + d, v, left);
+  else
+    simd::store_f16((uint16_t*)p + d, v, left);
 }
 
 // Rows 0 .. split-1 of one matrix followed by those of another (the text tower and its extra negatives).
@@ -37,13 +43,15 @@ struct Rows {
   const void *base, *more;
   int64_t stride, more_stride, split, count, D;
   Dtype dtype;
-  const float *inv_norm = nullptr;  // [count], or null: rows as they are
+  const float* inv_norm = nullptr;  // [count], or null: rows as they are
 
-  const void *row(int64_t i) const {
-    return i < split ? (const char *)base + i * stride * size_of(dtype) : (const char *)more + (i - split) * more_stride * size_of(dtype);
+  const void* row(int64_t i) const {
+    return i < split ? (const char*)base + i * stride * size_of(dtype)
+                     : (const char*)more + (i - split) * more_stride * size_of(dtype);
   }
   // W dwords of row i from feature d on; zeros past the row's end, past `count` and past `end`.
-  template <class Op> simd::vec load(int64_t i, int64_t end, int64_t d) const {
+  template <class Op>
+  simd::vec load(int64_t i, int64_t end, int64_t d) const {
     if (i >= end) return simd::zero();
     if constexpr (Op::P == 1) {
       simd::vec v = load_as_float(dtype, row(i), d, D - d);
@@ -51,7 +59,7 @@ struct Rows {
     }
 #if defined(LIMBER_ISA_AVX512)
     else {
-      simd::vec v = simd::load_pairs((const uint16_t *)row(i) + d, D - d);
+      simd::vec v = simd::load_pairs((const uint16_t*)row(i) + d, D - d);
       return inv_norm ? simd::scale_pairs(v, simd::set1(inv_norm[i])) : v;
     }
 #endif
@@ -59,8 +67,11 @@ struct Rows {
   // 1 / max(||row||, 1e-12), as torch.nn.functional.normalize
   float inverse_norm(int64_t i) const {
     simd::vec s = simd::zero();
-    const void *p = row(i);
-    for (int64_t d = 0; d < D; d += simd::W) { simd::vec v = load_as_float(dtype, p, d, D - d); s = simd::fma(v, v, s); }
+    const void* p = row(i);
+    for (int64_t d = 0; d < D; d += simd::W) {
+      simd::vec v = load_as_float(dtype, p, d, D - d);
+      s = simd::fma(v, v, s);
+    }
     return 1.f / std::fmax(std::sqrt(simd::sum(s)), 1e-12f);
   }
 };

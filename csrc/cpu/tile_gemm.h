@@ -16,7 +16,8 @@ constexpr int MR = simd::MR, NR = 2 * simd::W;
 
 // C is read and written in full vectors; gemm_tile gives the ragged edge a private tile.
 template <class Op, int R, int RS, int KS, bool ACC>
-static inline __attribute__((always_inline)) void micro(int64_t K, const float *A, const float *B, float *C, int64_t ldc) {
+static inline __attribute__((always_inline)) void micro(int64_t K, const float* A, const float* B, float* C,
+                                                        int64_t ldc) {
   simd::vec acc[R][2];
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++) {
@@ -35,16 +36,19 @@ static inline __attribute__((always_inline)) void micro(int64_t K, const float *
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++) {
-    float *c = C + r * ldc;
-    if (ACC) acc[r][0] = simd::add(acc[r][0], simd::loadu(c)), acc[r][1] = simd::add(acc[r][1], simd::loadu(c + simd::W));
+    float* c = C + r * ldc;
+    if (ACC)
+      acc[r][0] = simd::add(acc[r][0], simd::loadu(c)), acc[r][1] = simd::add(acc[r][1], simd::loadu(c + simd::W));
     simd::storeu(c, acc[r][0]);
     simd::storeu(c + simd::W, acc[r][1]);
   }
 }
 
-// Every element sees the same sequence of operations whatever the height of the tile it falls in: equal rows give equal results.
+// Every element sees the same sequence of operations whatever the height of the tile it falls in: equal rows give equal
+// results.
 template <class Op, int RS, int KS, bool ACC>
-static __attribute__((noinline)) void micro_rows(int R, int64_t K, const float *A, const float *B, float *C, int64_t ldc) {
+static __attribute__((noinline)) void micro_rows(int R, int64_t K, const float* A, const float* B, float* C,
+                                                 int64_t ldc) {
   if (R == MR) return micro<Op, MR, RS, KS, ACC>(K, A, B, C, ldc);
   for (; R >= 4; R -= 4, A += 4 * RS, C += 4 * ldc) micro<Op, 4, RS, KS, ACC>(K, A, B, C, ldc);
   for (; R >= 1; R -= 1, A += RS, C += ldc) micro<Op, 1, RS, KS, ACC>(K, A, B, C, ldc);
@@ -52,16 +56,21 @@ static __attribute__((noinline)) void micro_rows(int R, int64_t K, const float *
 
 // C[R x min(cols, NR)] = A B, or += with accumulate.
 template <class Op, int RS, int KS>
-static inline void gemm_tile(int R, int64_t K, const float *A, const float *B, float *C, int64_t ldc, int64_t cols, bool accumulate) {
-  if (cols >= NR) return accumulate ? micro_rows<Op, RS, KS, true>(R, K, A, B, C, ldc) : micro_rows<Op, RS, KS, false>(R, K, A, B, C, ldc);
+static inline void gemm_tile(int R, int64_t K, const float* A, const float* B, float* C, int64_t ldc, int64_t cols,
+                             bool accumulate) {
+  if (cols >= NR)
+    return accumulate ? micro_rows<Op, RS, KS, true>(R, K, A, B, C, ldc)
+                      : micro_rows<Op, RS, KS, false>(R, K, A, B, C, ldc);
   alignas(64) float edge[MR * NR];
   micro_rows<Op, RS, KS, false>(R, K, A, B, edge, NR);
   for (int r = 0; r < R; r++)
     for (int64_t j = 0; j < cols; j++) C[r * ldc + j] = edge[r * NR + j] + (accumulate ? C[r * ldc + j] : 0.f);
 }
 
-// Transposed panels: dst[panel][k][WIDTH] dwords from rows begin .. end-1, WIDTH rows a panel, zero padded; k runs over all of D.
-template <class Op, int WIDTH> static void pack_transposed(const Rows &rows, int64_t begin, int64_t end, float *dst) {
+// Transposed panels: dst[panel][k][WIDTH] dwords from rows begin .. end-1, WIDTH rows a panel, zero padded; k runs over
+// all of D.
+template <class Op, int WIDTH>
+static void pack_transposed(const Rows& rows, int64_t begin, int64_t end, float* dst) {
   constexpr int W = simd::W;
   const int64_t Kd = ceil_div(rows.D, Op::P);
   for (int64_t p = begin; p < end; p += WIDTH, dst += Kd * WIDTH)
@@ -74,12 +83,15 @@ template <class Op, int WIDTH> static void pack_transposed(const Rows &rows, int
       }
 }
 
-// Natural panel: dst[k][NR] dwords for features d .. d+NR-1 of rows begin .. end-1; k is a row, or a pair of rows for bf16.
-template <class Op> static void pack_natural(const Rows &rows, int64_t begin, int64_t end, int64_t d, float *dst) {
+// Natural panel: dst[k][NR] dwords for features d .. d+NR-1 of rows begin .. end-1; k is a row, or a pair of rows for
+// bf16.
+template <class Op>
+static void pack_natural(const Rows& rows, int64_t begin, int64_t end, int64_t d, float* dst) {
   constexpr int W = simd::W;
   for (int64_t i = begin; i < end; i += Op::P, dst += NR) {
     if constexpr (Op::P == 1)
-      for (int h = 0; h < 2; h++) simd::store(dst + h * W, d + h * W < rows.D ? rows.load<Op>(i, end, d + h * W) : simd::zero());
+      for (int h = 0; h < 2; h++)
+        simd::store(dst + h * W, d + h * W < rows.D ? rows.load<Op>(i, end, d + h * W) : simd::zero());
 #if defined(LIMBER_ISA_AVX512)
     else {
       simd::vec lo, hi;

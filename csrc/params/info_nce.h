@@ -11,7 +11,7 @@ enum class Dtype : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
 
 // Fields of the per-row (and per-column) state that the forward leaves for the backward and for the caller.
 enum InfoNceField {
-  LSE_EXPONENT = 0,   // log-sum-exp = exponent + remainder, in log2 units, without the bias; the exponent is an integer,
+  LSE_EXPONENT = 0,  // log-sum-exp = exponent + remainder, in log2 units, without the bias; the exponent is an integer,
   LSE_REMAINDER = 1,  // the remainder lies in [-1/2, 1/2]: one float would lose 7e-4 at scale 100
   NLL = 2,            // -log P(positive), nats, full relative precision; sigmoid variant: d loss / d bias
   LOSS = 3,           // nats, with label smoothing
@@ -21,21 +21,21 @@ enum InfoNceField {
 };
 
 struct InfoNceParams {
-  const void *image, *text, *extra;                   // [N, D], [M, D], [K, D]
+  const void *image, *text, *extra;  // [N, D], [M, D], [K, D]
   int64_t N, M, K, D;
-  int64_t image_stride, text_stride, extra_stride;    // row strides
+  int64_t image_stride, text_stride, extra_stride;  // row strides
   Dtype dtype;
   double scale, bias, label_smoothing;
-  bool normalize, sigmoid, columns;                   // columns: the text-to-image direction counts too
+  bool normalize, sigmoid, columns;  // columns: the text-to-image direction counts too
   int threads;
-  const int32_t *labels;                              // [N] column of each row's positive; null: the diagonal
-  const int32_t *image_ids, *text_ids;                // [N], [M]; equal ids are not negatives; null: no masking
-  float *row_state, *col_state;                       // [STATE_FIELDS, N], [STATE_FIELDS, M]; col_state only with columns
-  uint8_t *row_correct, *col_correct;                 // [N], [M] top-1, or null
-  void *cache;                                        // tiles kept for the backward, or null
+  const int32_t* labels;                // [N] column of each row's positive; null: the diagonal
+  const int32_t *image_ids, *text_ids;  // [N], [M]; equal ids are not negatives; null: no masking
+  float *row_state, *col_state;         // [STATE_FIELDS, N], [STATE_FIELDS, M]; col_state only with columns
+  uint8_t *row_correct, *col_correct;   // [N], [M] top-1, or null
+  void* cache;                          // tiles kept for the backward, or null
   int64_t cache_bytes;
-  const float *row_grad, *col_grad;                   // backward: d loss / d row LOSS [N], d col LOSS [M] (null without columns)
-  void *d_image, *d_text, *d_extra;                   // backward outputs, null where not wanted
+  const float *row_grad, *col_grad;  // backward: d loss / d row LOSS [N], d col LOSS [M] (null without columns)
+  void *d_image, *d_text, *d_extra;  // backward outputs, null where not wanted
 };
 
 }  // namespace limber
