@@ -1,0 +1,69 @@
+"""What this machine can do at most, measured in the run that is held against it."""
+
+from __future__ import annotations
+
+import time
+from functools import cached_property
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from limber_fast import native
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Ceilings:
+    """FLOP/s and bytes/s of all threads together; every figure is the best of several short runs.
+
+    Args:
+        threads: as many threads as the benchmarks run on.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._isa_peaks = {isa: self._registers(isa) for isa in native.available_isas()}
+        self.read_bytes_per_s = 0.0 if not self._isa_peaks else native.cpu().read_bandwidth(threads)
+        self.torch_gemm = {kind: _gemm("cpu", dtype, 2048) for kind, dtype in _DTYPES.items()}
+
+    def peak(self, device: str, isa: str, dtype: str) -> tuple[str, float]:
+        """Name and FLOP/s of the ceiling of a product of `dtype` by the kernels of `isa`."""
+        kind = "bf16" if dtype == "bfloat16" else "fp32"
+        if device == "cuda":
+            return f"torch GEMM {kind} on CUDA", self._cuda_gemm[kind]
+        fp32, bf16 = self._isa_peaks[isa]
+        if kind == "bf16" and bf16:
+            return f"{isa} bf16 dot products", bf16
+        return f"{isa} fp32 multiply-adds", fp32
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "threads": self.threads,
+            "read_bytes_per_s": self.read_bytes_per_s,
+            "torch_gemm_flop_per_s": self.torch_gemm,
+            "peak_flop_per_s": {
+                isa: {"fp32": fp32, "bf16": bf16 or None} for isa, (fp32, bf16) in self._isa_peaks.items()
+            },
+        }
+
+    def _registers(self, isa: str) -> tuple[float, float]:
+        module = import_module(f"limber_fast._cpu_{isa}")
+        runs = [module.cpu_peaks(self.threads) for _ in range(10)]  # one is over in milliseconds
+        return tuple(self.threads * max(figures) for figures in zip(*runs, strict=True))
+
+    @cached_property
+    def _cuda_gemm(self) -> dict[str, float]:
+        return {kind: _gemm("cuda", dtype, 8192) for kind, dtype in _DTYPES.items()}
+
+
+def _gemm(device: str, dtype: torch.dtype, size: int) -> float:
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

@@ -1,0 +1,198 @@
+"""One row of a benchmark: the result is checked, then the op and its baselines are timed in turns in one process."""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SHORT_DTYPE = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+MAX_ROUNDS = 100
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A workload with its tensors in memory.
+
+    Args:
+        ours: the op, forward and backward.
+        baselines: the same computation by others; 'eager' is plain PyTorch as a careful engineer writes it.
+        errors: relative errors of a result against a float64 reference, by name of the output.
+        tolerance: the largest error of `ours`.
+        baseline_tolerance: the largest error of a baseline: only a different formula may exceed it, not its rounding.
+        flops: floating-point operations that `ours` executes.
+        bytes: what it must at least read and write: inputs and outputs.
+        skipped: baselines that do not run here, with the reason.
+    """
+
+    ours: Callable[[], Any]
+    baselines: dict[str, Callable[[], Any]]
+    errors: Callable[[Any], dict[str, float]]
+    tolerance: float
+    baseline_tolerance: float
+    flops: float
+    bytes: float
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Workload:
+    """A row as the table names it; `prepare` makes the tensors when its turn comes.
+
+    Args:
+        group: rows of one sweep: 'size', 'width', ...
+        shape: dimension letters and sizes.
+        cost: operations, for the progress bar alone.
+        isa: the CPU kernels to use; '' for the choice of `limber_fast.native`.
+        options: what else tells rows apart, such as cache_mb.
+        fewest_rounds: however long a round takes.
+    """
+
+    op: str
+    group: str
+    shape: dict[str, int]
+    dtype: str
+    cost: float
+    prepare: Callable[[Workload], Trial]
+    device: str = "cpu"
+    isa: str = ""
+    options: dict[str, float] = field(default_factory=dict)
+    fewest_rounds: int = 3
+
+    @property
+    def name(self) -> str:
+        sizes = "-".join(f"{letter}{size}" for letter, size in self.shape.items())
+        extra = [self.isa, "" if self.device == "cpu" else self.device, *(f"{k}{v:g}" for k, v in self.options.items())]
+        return "-".join([sizes, SHORT_DTYPE[self.dtype], *filter(None, extra)])
+
+    @property
+    def id(self) -> str:
+        return f"{self.op}/{self.group}/{self.name}"
+
+    def identity(self) -> dict[str, Any]:
+        """What is known before anything runs; skipped and failed rows consist of it."""
+        return {"id": self.id, "op": self.op, "group": self.group, "shape": self.shape, "dtype": self.dtype,
+                "device": self.device, "isa": self.isa or None, **self.options}  # fmt: skip
+
+
+def measure(trial: Trial, device: str, benchmark: Any, budget: float, fewest_rounds: int) -> dict[str, Any]:
+    """Checks, then times `trial` under pytest-benchmark's `benchmark`, for about `budget` seconds.
+
+    The first call of each at this shape is the cold one; it also gives the peak memory (beyond the inputs, gradients
+    included). Every round then runs each baseline, then ours: drift of the machine hits both alike, and the ratio is
+    the median over rounds of baseline time / our time.
+
+    Returns: columns of the row; nothing but the error where pytest-benchmark is disabled.
+    Raises: AssertionError where a result is wrong, before anything is reported.
+    """
+    functions = {"": trial.ours, **trial.baselines}
+    cold: dict[str, tuple[float, int | None]] = {}
+    worst: dict[str, float] = {}
+    for name, function in functions.items():
+        result, *cold[name] = _first_call(function, device)
+        limit = trial.baseline_tolerance if name else trial.tolerance
+        worst[name] = _check(name or "limber_fast", trial.errors(result), limit)
+        del result
+    columns: dict[str, Any] = {"error": worst[""]}
+    if benchmark.disabled:
+        benchmark.pedantic(trial.ours)
+        return columns
+
+    seconds: dict[str, list[float]] = {name: [] for name in trial.baselines}
+
+    def baselines_in_turn() -> None:
+        for name, function in trial.baselines.items():
+            seconds[name].append(_timed(function, device)[1])
+
+    round_seconds = sum(first for first, _ in cold.values())
+    if round_seconds < budget:  # the caches' and allocators' warm-up; a long first call has done it by itself
+        round_seconds = sum(_timed(function, device)[1] for function in functions.values())
+    rounds = max(fewest_rounds, min(MAX_ROUNDS, int(budget / round_seconds)))
+    benchmark.pedantic(_synchronised(trial.ours, device), setup=baselines_in_turn, rounds=rounds)
+
+    ours = benchmark.stats.stats.data
+    columns |= {"rounds": rounds, "flops": trial.flops, "bytes": trial.bytes, "warm_s": statistics.median(ours),
+                "best_s": min(ours), "cold_s": cold[""][0], "peak_bytes": cold[""][1],
+                "flop_per_s": trial.flops / statistics.median(ours)}  # fmt: skip
+    for name, theirs in seconds.items():
+        columns |= {
+            f"{name}_ratio": statistics.median(a / b for a, b in zip(theirs, ours, strict=True)),
+            f"{name}_ratio_of_best": min(theirs) / min(ours),
+            f"{name}_warm_s": statistics.median(theirs),
+            f"{name}_cold_s": cold[name][0],
+            f"{name}_peak_bytes": cold[name][1],
+            f"{name}_error": worst[name],
+        }
+    return columns | {f"{name}_skipped": reason for name, reason in trial.skipped.items()}
+
+
+def available_bytes(device: str) -> int | None:
+    """Memory that a new allocation may take, None where the system does not say."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return _proc("meminfo", "MemAvailable")
+
+
+def _check(name: str, errors: dict[str, float], limit: float) -> float:
+    wrong = [f"{output} {error:.1e}" for output, error in errors.items() if not error <= limit]  # NaN is wrong
+    if wrong:
+        raise AssertionError(f"wrong result of {name}: relative error of {', '.join(wrong)}; allowed {limit:.0e}")
+    return max(errors.values())
+
+
+def _synchronised(function: Callable[[], Any], device: str) -> Callable[[], Any]:
+    if device != "cuda":
+        return function
+
+    def run() -> Any:
+        result = function()
+        torch.cuda.synchronize()
+        return result
+
+    return run
+
+
+def _timed(function: Callable[[], Any], device: str) -> tuple[Any, float]:
+    function = _synchronised(function, device)
+    start = time.perf_counter()
+    result = function()
+    return result, time.perf_counter() - start
+
+
+def _first_call(function: Callable[[], Any], device: str) -> tuple[Any, float, int | None]:
+    """Result, seconds, and how far the call raised the memory in use."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result, seconds = _timed(function, device)
+        return result, seconds, torch.cuda.max_memory_allocated() - before
+    known = _reset_peak()
+    before = _proc("self/status", "VmRSS")
+    result, seconds = _timed(function, device)
+    peak = _proc("self/status", "VmHWM")
+    return result, seconds, max(0, peak - before) if known and peak and before else None
+
+
+def _reset_peak() -> bool:
+    """Give free heap back, so that reusing it counts as growth, and forget the peak; False where that is impossible."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except (AttributeError, OSError):  # not glibc, not Linux, or not allowed
+        return False
+    return True
+
+
+def _proc(file: str, key: str) -> int | None:
+    try:
+        lines = Path("/proc", file).read_text(encoding="ascii").splitlines()
+    except OSError:  # not Linux
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:")), None)

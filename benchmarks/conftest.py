@@ -1,0 +1,74 @@
+"""Fixtures of the benchmarks: `ceilings` of this machine, and `compare`, which makes one row of a workload."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comparison import Workload, measure
+
+from limber_fast import dispatch, native
+
+# tests/cases.py: the data and error measures that tests and benchmarks share.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "quick: part of `limber-fast bench --quick`")
+
+
+@pytest.fixture(scope="session")
+def ceilings():
+    """Measured once, before the first row that can run."""
+    from ceilings import Ceilings
+
+    return Ceilings(torch.get_num_threads())
+
+
+@pytest.fixture
+def compare(
+    request: pytest.FixtureRequest, benchmark: Any, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Workload], None]:
+    """Runs a workload; the row travels in the test's `user_properties` and in pytest-benchmark's `extra_info`."""
+
+    def run(workload: Workload) -> None:
+        row = workload.identity()
+        properties = request.node.user_properties
+        properties.append(("row", row))
+        backend, isa = _choose(workload, monkeypatch)
+        limits = request.getfixturevalue("ceilings")
+        properties.append(("ceilings", limits.facts()))
+        ceiling, flop_per_s = limits.peak(workload.device, isa, workload.dtype)
+        budget = float(request.config.getoption("benchmark_max_time"))
+        trial = workload.prepare(workload)
+        columns = measure(trial, workload.device, benchmark, budget, workload.fewest_rounds)
+        row |= {"backend": backend, "isa": isa, "threads": limits.threads, **columns}
+        if "warm_s" in row:
+            row |= {
+                "ceiling": ceiling,
+                "ceiling_flop_per_s": flop_per_s,
+                "ceiling_fraction": row["flop_per_s"] / flop_per_s,
+                "ceiling_fraction_of_best": row["flops"] / row["best_s"] / flop_per_s,
+            }
+        benchmark.extra_info |= row
+
+    return run
+
+
+def _choose(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str | None]:
+    """The backend and instruction set that `workload` will run on; skips where there is none of our own."""
+    if workload.device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if workload.isa:
+        if reason := native.isa_refusal(workload.isa):
+            pytest.skip(f"{workload.isa}: {reason}")
+        monkeypatch.setenv(native.ISA_VARIABLE, workload.isa)
+    backend, refused = dispatch.explain(workload.op, workload.device)
+    if backend == "eager":
+        reasons = "; ".join(f"{name}: {refused[name]}" for name in dispatch.ORDER[workload.device] if name in refused)
+        pytest.skip(f"no kernel of our own ({reasons or 'eager was asked for'})")
+    return backend, native.cpu_isa() if backend == "cpu" else None
