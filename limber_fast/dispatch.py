@@ -55,7 +55,7 @@ def preferred(backend: str) -> str:
     """The name an op call asks for: its own argument, else use_backend, else LIMBER_FAST_BACKEND, else 'auto'.
 
     Runs outside the opaque op, so that the backward pass inherits the answer whatever thread or context it runs in;
-    torch.compile guards on the context variable and recompiles when it changes.
+    torch.compile guards on the context variable and recompiles when it changes; the environment it reads once.
     """
     if backend != "auto":
         return _known(backend, "backend")

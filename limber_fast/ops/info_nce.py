@@ -91,8 +91,8 @@ def info_nce(
         mean: sum_i w_i loss_i / sum_i w_i    sum: sum_i w_i loss_i    none: w_i loss_i
 
     Args:
-        image: [N, D] fp16|bf16|fp32 (fp64 runs on the eager backend). Any row stride, so transposed views of other
-            layouts, slices and expanded rows are fine; rows that are not contiguous in D are copied.
+        image: [N, D] fp16|bf16|fp32 (fp64 runs on the eager backend). Any row stride (slices, expanded rows); a
+            tensor that is not contiguous in D is copied.
         text: [M, D], the dtype and device of `image`; may be the same tensor.
         logit_scale: number, or floating tensor with one element, which gets its gradient. The factor itself, not its
             logarithm; zero and negative values are allowed.

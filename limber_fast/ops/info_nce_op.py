@@ -56,9 +56,8 @@ class InfoNceRequest:
 
 
 def _backend(backend: str, image: Tensor, text: Tensor, extra: Tensor | None, variant: str, normalize: bool) -> Any:
-    k = 0 if extra is None else extra.shape[0]
-    request = InfoNceRequest(image.device, image.dtype, *image.shape[:1], *text.shape[:1], k, image.shape[1], variant,
-                             normalize)  # fmt: skip
+    (n, d), m, k = image.shape, text.shape[0], 0 if extra is None else extra.shape[0]
+    request = InfoNceRequest(image.device, image.dtype, n, m, k, d, variant, normalize)
     return dispatch.select("info_nce", request, backend)
 
 
@@ -71,10 +70,9 @@ def _reduce(
     state: InfoNceState, labels: Tensor | None, weights: Tensor | None, symmetric: bool, reduction: str
 ) -> Tensor:
     row, col = state.row[LOSS], state.col[LOSS]
-    if weights is None and reduction != "none":
-        total = _sum(row) + _sum(col) if symmetric else _sum(row)
-        count = (2 if symmetric else 1) * (row.shape[0] if reduction == "mean" else 1)
-        return total.div_(count)
+    if weights is None and reduction != "none":  # the order of the pairs does not matter
+        total = _sum(row + col) if symmetric else _sum(row)
+        return total.div_((2 if symmetric else 1) * (row.shape[0] if reduction == "mean" else 1))
     loss = (row + (col if labels is None else col[labels.long()])) / 2 if symmetric else row
     loss = loss.clone() if weights is None else loss * weights
     if reduction == "none":
