@@ -18,9 +18,10 @@ __attribute__((noinline)) double peak_run(int64_t iterations) {
 #if defined(LIMBER_ISA_AVX512)
 #define LIMBER_OP(i) "vfmadd231ps %%zmm30, %%zmm31, %%zmm" #i "\n\t"
 #define LIMBER_DOT(i) "vdpbf16ps %%zmm30, %%zmm31, %%zmm" #i "\n\t"
-#define LIMBER_24(F)                                                                                                   \
-  F(0)                                                                                                                 \
-  F(1) F(2) F(3) F(4) F(5) F(6) F(7) F(8) F(9) F(10) F(11) F(12) F(13) F(14) F(15) F(16) F(17) F(18) F(19) F(20) F(21) \
+#define LIMBER_24(F)                                                                                              \
+  F(0)                                                                                                            \
+  F(1)                                                                                                            \
+  F(2) F(3) F(4) F(5) F(6) F(7) F(8) F(9) F(10) F(11) F(12) F(13) F(14) F(15) F(16) F(17) F(18) F(19) F(20) F(21) \
       F(22) F(23)
 #define LIMBER_CLOBBER                                                                                                \
   "zmm0", "zmm1", "zmm2", "zmm3", "zmm4", "zmm5", "zmm6", "zmm7", "zmm8", "zmm9", "zmm10", "zmm11", "zmm12", "zmm13", \
@@ -42,16 +43,16 @@ __attribute__((noinline)) double peak_run(int64_t iterations) {
                      : "ymm0", "ymm1", "ymm2", "ymm3", "ymm4", "ymm5", "ymm6", "ymm7", "ymm8", "ymm9", "ymm10", "ymm11",
                        "cc");
 #else
-  constexpr double flop = 8 * 2 * simd::W;
-  simd::vec c[8], x = simd::set1(0.5f), y = simd::set1(0.25f);
+  constexpr int CHAINS = 12;  // multiply and add are two operations of 3-4 cycles, two of each a cycle
+  constexpr double flop = CHAINS * 2 * simd::W;
+  simd::vec c[CHAINS], x = simd::set1(0.5f), y = simd::set1(0.25f);
   for (auto& v : c) v = simd::set1(1.f);
   for (int64_t k = 0; k < iterations; k++)
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++) {
-      c[i] = simd::fma(c[i], x, y);
-      asm volatile("" : "+m"(*(char*)&start));
-    }
-  volatile float sink = simd::sum(c[0] + c[1] + c[2] + c[3] + c[4] + c[5] + c[6] + c[7]);
+#pragma GCC unroll 12
+    for (int i = 0; i < CHAINS; i++) c[i] = simd::fma(c[i], x, y);
+  simd::vec total = simd::zero();
+  for (auto& v : c) total = simd::add(total, v);
+  volatile float sink = simd::sum(total);
   (void)sink;
 #endif
   return iterations * flop / (seconds() - start);
