@@ -11,7 +11,7 @@ import torch
 
 FORMAT = "limber_fast.small_clip/1"
 _KEYS = {
-    "format", "train_config", "model_config", "words", "model", "average", "optimizer", "step", "seconds", "history"
+    "format", "train_config", "model_config", "words", "model", "average", "optimizers", "step", "seconds", "history"
 }  # fmt: skip
 
 

@@ -68,6 +68,9 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = 0.98
     weight_decay: float = 0.05
+    muon_learning_rate: float = 0.02
+    muon_momentum: float = 0.95
+    muon_weight_decay: float = 0.0
     warmup: float = 0.08
     grad_clip: float = 1.0
     ema: float = 0.99
@@ -81,10 +84,12 @@ class TrainConfig:
         _check("TrainConfig", {"minutes": self.minutes}, 1e-3, 1e5)
         _check("TrainConfig", {"concepts_per_batch": self.concepts_per_batch}, 2, 1e6)
         _check("TrainConfig", {"images_per_concept": self.images_per_concept}, 2, 16)
-        _check("TrainConfig", {"learning_rate": self.learning_rate, "grad_clip": self.grad_clip}, 1e-8, 1e3)
-        rates = {"beta1": self.beta1, "beta2": self.beta2, "warmup": self.warmup, "ema": self.ema}
-        _check("TrainConfig", rates, 0, 0.9999)
-        _check("TrainConfig", {"weight_decay": self.weight_decay, "image_weight": self.image_weight}, 0, 10)
+        for names, low, high in (
+            (("learning_rate", "muon_learning_rate", "grad_clip"), 1e-8, 1e3),
+            (("beta1", "beta2", "muon_momentum", "warmup", "ema"), 0, 0.9999),
+            (("weight_decay", "muon_weight_decay", "image_weight"), 0, 10),
+        ):
+            _check("TrainConfig", {name: getattr(self, name) for name in names}, low, high)
 
     def to_dict(self) -> dict:
         """Plain numbers and strings, for checkpoints and reports."""

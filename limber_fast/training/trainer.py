@@ -20,17 +20,28 @@ from limber_fast.training.config import TrainConfig
 from limber_fast.training.ema import WeightAverage
 from limber_fast.training.history import History
 from limber_fast.training.interrupt import InterruptGuard
+from limber_fast.training.muon import Muon
 from limber_fast.training.schedule import TimeBudget, warmup_cosine
 
 Watch = Callable[[float, dict[str, float]], None]
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Weight decay on matrices and filters only: gains, biases, positions and the scale stay free."""
-    decayed, free = [], []
+def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Muon for the hidden matrices and filters; AdamW for first and last maps, embeddings, gains, biases and the scale.
+
+    AdamW's weight decay spares gains, biases, positions and the scale.
+    """
+    hidden, decayed, free = [], [], []
     for name, parameter in model.named_parameters():
-        (free if parameter.ndim < 2 or "positional" in name else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+        if parameter.ndim < 2 or "positional" in name:
+            free.append(parameter)
+        elif name.startswith(("visual.blocks", "transformer")):
+            hidden.append(parameter)
+        else:
+            decayed.append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, config.learning_rate, (config.beta1, config.beta2), eps=1e-6, fused=True)
+    return [Muon(hidden, config.muon_learning_rate, config.muon_momentum, config.muon_weight_decay), adamw]
 
 
 class Trainer:
@@ -47,9 +58,7 @@ class Trainer:
         self.average = WeightAverage(model, config.ema)
         self.history = History()
         self.budget = TimeBudget(60 * config.minutes, clock=clock)
-        betas = (config.beta1, config.beta2)
-        groups = parameter_groups(model, config.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, config.learning_rate, betas, eps=1e-6, fused=True)
+        self.optimizers = build_optimizers(model, config)
 
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss of a batch and what the progress bar shows of it."""
@@ -69,18 +78,22 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         """One optimiser step at the learning rate of the time spent so far."""
-        rate = self.config.learning_rate * warmup_cosine(self.budget.fraction, self.config.warmup)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        factor = warmup_cosine(self.budget.fraction, self.config.warmup)
         loss, shown = self.losses(self.batches(self.step))
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = factor * optimizer.defaults["lr"]
+            optimizer.step()
         self.model.clamp_logit_scale_()
         self.step += 1
         self.average.update(self.model, self.step)
-        return {**{name: float(value.detach()) for name, value in shown.items()}, "learning_rate": rate}
+        return {
+            **{name: float(value.detach()) for name, value in shown.items()},
+            "learning_rate": factor * self.config.learning_rate,
+        }
 
     def run(self, folder: Path, watch: Watch = lambda fraction, values: None) -> bool:
         """Train until the budget is spent or Ctrl-C; `checkpoint.pt` and `train.csv` in `folder` are then up to date.
@@ -119,7 +132,7 @@ class Trainer:
             "words": self.tokenizer.words,
             "model": self.model.state_dict(),
             "average": self.average.tensors,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
             "seconds": self.budget.spent,
             "history": self.history.rows,
@@ -137,7 +150,8 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         for name, tensor in self.average.tensors.items():
             tensor.copy_(state["average"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self.step = state["step"]
         self.budget = TimeBudget(self.budget.seconds, state["seconds"], self.budget._clock)
         self.history = History(state["history"])

@@ -18,6 +18,7 @@ from limber_fast.training.captions import CaptionSampler
 from limber_fast.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from limber_fast.training.config import AugmentConfig, CaptionConfig, TrainConfig
 from limber_fast.training.drawings import Drawings
+from limber_fast.training.muon import orthogonalise
 from limber_fast.training.schedule import TimeBudget, warmup_cosine
 
 STILL = AugmentConfig(1, 1, 0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0)
@@ -131,6 +132,19 @@ def test_damaged_checkpoints_are_refused(trainer, tmp_path):
         load_checkpoint(path)
     with pytest.raises(ValueError, match="keys"):
         save_checkpoint(path, {"step": 1})
+
+
+@pytest.mark.parametrize("shape", [(48, 432), (128, 128), (512, 128), (3, 128, 128)])
+def test_orthogonalise_evens_out_singular_values(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0)).double()
+    u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
+    spread = u * torch.logspace(0, -2, s.shape[-1], dtype=torch.float64) @ vh
+    found = orthogonalise(spread.float()).double()
+    values = torch.linalg.svdvals(found)
+    assert 0.6 < values.min() < values.max() < 1.3
+    # The singular vectors stay: in their basis the result is diagonal.
+    inner = u.mT @ found @ vh.mT
+    assert (inner - torch.diag_embed(torch.diagonal(inner, dim1=-2, dim2=-1))).abs().max() < 1e-2
 
 
 def test_schedule_and_budget():
