@@ -18,11 +18,11 @@ __attribute__((noinline)) double peak_run(int64_t iterations) {
 #if defined(LIMBER_ISA_AVX512)
 #define LIMBER_OP(i) "vfmadd231ps %%zmm30, %%zmm31, %%zmm" #i "\n\t"
 #define LIMBER_DOT(i) "vdpbf16ps %%zmm30, %%zmm31, %%zmm" #i "\n\t"
-#define LIMBER_24(F)                                                                                              \
-  F(0)                                                                                                            \
-  F(1)                                                                                                            \
-  F(2) F(3) F(4) F(5) F(6) F(7) F(8) F(9) F(10) F(11) F(12) F(13) F(14) F(15) F(16) F(17) F(18) F(19) F(20) F(21) \
-      F(22) F(23)
+#define LIMBER_24(F) \
+  F(0)               \
+  F(1)               \
+  F(2)               \
+  F(3) F(4) F(5) F(6) F(7) F(8) F(9) F(10) F(11) F(12) F(13) F(14) F(15) F(16) F(17) F(18) F(19) F(20) F(21) F(22) F(23)
 #define LIMBER_CLOBBER                                                                                                \
   "zmm0", "zmm1", "zmm2", "zmm3", "zmm4", "zmm5", "zmm6", "zmm7", "zmm8", "zmm9", "zmm10", "zmm11", "zmm12", "zmm13", \
       "zmm14", "zmm15", "zmm16", "zmm17", "zmm18", "zmm19", "zmm20", "zmm21", "zmm22", "zmm23", "zmm30", "zmm31", "cc"

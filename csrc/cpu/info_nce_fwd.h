@@ -186,7 +186,7 @@ class InfoNceForward {
           shift = rintf(hi), open = true;
           std::memset(csum, 0, 2 * NB * sizeof(float));
         }
-        if (lo > shift - SPAN || maxima_above(strip, R, i, j0, nb, shift - SPAN)) {
+        if (lo > shift - SPAN || (lo > -INFINITY && maxima_above(strip, R, i, j0, nb, shift - SPAN))) {
           if (tile) cache.shifts[slot] = shift;
           whole ? shared_sums<true>(strip, R, i, j0, nb, shift, row, csum, cxsum, tile)
                 : shared_sums<false>(strip, R, i, j0, nb, shift, row, csum, cxsum, tile);
@@ -295,14 +295,12 @@ class InfoNceForward {
     const simd::vec none = simd::set1(-INFINITY), va = simd::set1((float)alpha);
     auto x_of = [&](simd::mask m, simd::vec dot) { return simd::select(m, simd::mul(dot, va), none); };
     auto add = [&](simd::mask m, simd::vec dot, simd::vec shift, simd::vec& s, simd::vec& xs) {
+      m = simd::andnot(m, simd::less(simd::mul(dot, va), simd::set1(-3e38f)));  // 2^-inf is 0; NaN stays
       simd::vec n, f;
       logits.split(dot, n, f);
       n = simd::sub(n, shift);
-      simd::vec e = simd::select(m, simd::ldexp(exp2_fraction<6>(f), n), simd::zero());
-      s = simd::add(s, e);
-      // A negligible term of an infinitely low x is 0, not 0 * inf.
-      simd::vec t = simd::max(simd::add(n, f), simd::set1(-1000.f));
-      xs = simd::add(xs, simd::select(m, simd::mul(e, t), simd::zero()));
+      const simd::vec e = simd::select(m, simd::ldexp(exp2_fraction<6>(f), n), simd::zero());
+      s = simd::add(s, e), xs = simd::add(xs, simd::select(m, simd::mul(e, simd::add(n, f)), simd::zero()));
     };
     auto shift_of = [](float hi) { return hi == -INFINITY ? 0.f : rintf(hi); };
     for (int r = 0; r < R; r++) {
@@ -386,15 +384,16 @@ class InfoNceForward {
       loss = sums.sum[i], dscale = sums.xsum[i];
     } else {
       const double S = sums.sum[i], M = S == 0 ? 0 : sums.shift[i], x = alpha * positive;
-      const double ratio = S == 0 ? 0 * x : S * std::exp2(M - x);  // negatives : positive
-      const bool finite = ratio < 1e300;
-      const double nll = finite           ? std::log1p(ratio)
-                         : ratio != ratio ? NAN
-                                          : LN2 * (M - x + std::log2(S)),
-                   lse = x + nll / LN2;
-      const double unit = S == 0   ? 0
-                          : finite ? ratio / ((1 + ratio) * S)
-                                   : std::exp2(M - lse);  // probability per unit of S
+      const double ratio = S == 0 ? 0 : S * std::exp2(M - x);  // negatives : positive
+      double nll, unit;                                        // unit: probability per unit of S
+      if (ratio < 1e300) {
+        nll = std::log1p(ratio) + 0 * x;  // an infinite positive gives NaN, as in eager
+        unit = S == 0 ? 0 : ratio / ((1 + ratio) * S);
+      } else {
+        nll = ratio != ratio ? ratio : LN2 * (M - x + std::log2(S));
+        unit = std::exp2(M - x - nll / LN2);
+      }
+      const double lse = x + nll / LN2;
       double whole = std::rint(lse);
       field(LSE_EXPONENT) = (float)whole, field(LSE_REMAINDER) = (float)(lse - whole);
       field(NLL) = (float)nll;
