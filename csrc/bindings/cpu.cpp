@@ -66,6 +66,11 @@ PYBIND11_MODULE(LIMBER_MODULE, m) {
       py::arg("N"), py::arg("M"), py::arg("K"), py::arg("dtype"), py::arg("budget"),
       "Bytes of tile cache worth having within a budget.");
 
+  py::class_<Scratch>(m, "Scratch", "Writable bytes on huge pages, reused by the next block of the same size.",
+                      py::module_local(), py::buffer_protocol())
+      .def(py::init<int64_t>(), py::arg("bytes"))
+      .def_buffer([](Scratch& s) { return py::buffer_info(s.get(), 1, "B", s.bytes()); });
+
   const auto common = [](uintptr_t image, uintptr_t text, uintptr_t extra, int64_t N, int64_t M, int64_t K, int64_t D,
                          int64_t image_stride, int64_t text_stride, int64_t extra_stride, const std::string& dtype,
                          double scale, double bias, double label_smoothing, bool normalize, bool sigmoid, bool columns,

@@ -14,6 +14,8 @@ from limber_fast.ops.info_nce import InfoNceState
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # libgomp's threads do not survive fork and a child that waits for them never returns: a forked child computes on one.
 _forked = False
+# From here on fresh pages cost more than the detour over a block of native memory that the next call reuses.
+_REUSED_BYTES = 4 << 20
 
 
 def _after_fork() -> None:
@@ -30,6 +32,12 @@ def _threads() -> int:
 
 def _address(x: Tensor | None) -> int:
     return 0 if x is None or not x.numel() else x.data_ptr()
+
+
+def _cache(size: int) -> Tensor:
+    if size < _REUSED_BYTES:
+        return torch.empty(size, dtype=torch.uint8)
+    return torch.frombuffer(native.cpu().Scratch(size), dtype=torch.uint8)
 
 
 def info_nce_supports(request: Any) -> str | None:
@@ -69,7 +77,7 @@ def info_nce_fwd(
     row = torch.empty(6, n)
     col = torch.empty(6, m) if columns else torch.zeros(6, m)
     row_correct, col_correct = (torch.zeros(size if with_stats else 0, dtype=torch.uint8) for size in (n, m))
-    cache = torch.empty(cache_bytes, dtype=torch.uint8)
+    cache = _cache(cache_bytes)
     params = _params(image, text, extra_negatives, logit_scale, logit_bias, labels, image_ids, text_ids, row, col,
                      cache, label_smoothing, normalize, variant, columns)  # fmt: skip
     native.cpu().info_nce_fwd(params, _address(row_correct), _address(col_correct) if columns else 0)
