@@ -54,12 +54,12 @@ class Buffer {
 // step. One freed block waits, marked so that the system may take its pages back whenever it needs them.
 class Scratch {
  public:
-  explicit Scratch(int64_t bytes) : bytes_(bytes) {
+  explicit Scratch(int64_t bytes) {
     std::lock_guard<std::mutex> lock(mutex());
     if (spare().bytes_ == bytes)
       swap(spare());
     else
-      block_ = Buffer<char>(bytes);
+      block_ = Buffer<char>(bytes), bytes_ = bytes;
   }
   Scratch(const Scratch&) = delete;
   ~Scratch() {
