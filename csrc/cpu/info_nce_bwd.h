@@ -79,8 +79,8 @@ class InfoNceBackward {
     {
       float *strip = scratch + omp_get_thread_num() * per_thread(), *a = strip + MR * LDS, *b = a + MB;
       if (p.normalize) {
-        inverse_norms(images, norms);
-        inverse_norms(texts, norms + p.N);
+        row_norms(images, norms);
+        row_norms(texts, norms + p.N);
       }
       int64_t packed = -1;
       for (int64_t r0 = 0; r0 < p.N; r0 += open_rows) {
@@ -351,19 +351,20 @@ class InfoNceBackward {
 #endif
   }
 
-  // fp32 accumulator -> gradient; through the fused normalisation: dx = (g - xhat <xhat, g>) / |x|, or g / eps where
+  // fp32 accumulator -> gradient; through the fused normalisation u = x / |x|: (g - u <u, g>) / |x|, or g / eps where
   // |x| < eps.
   void finish(const float* acc, void* out, const Rows& rows, int64_t i) const {
-    const float inv = p.normalize ? rows.inv_norm[i] : 1.f;
     const void* x = rows.row(i);
-    simd::vec dot = simd::zero();
-    if (p.normalize && inv < 1e12f)
-      for (int64_t d = 0; d < p.D; d += simd::W)
-        dot = simd::fma(simd::load_first(acc + d, p.D - d), load_as_float(p.dtype, x, d, p.D - d), dot);
-    const simd::vec along = simd::set1(-simd::sum(dot) * inv * inv), vinv = simd::set1(inv);
+    const float norm = p.normalize ? rows.norm[i] : 1.f;
+    const simd::vec divisor = simd::set1(norm);
+    auto unit = [&](int64_t d) { return simd::div(load_as_float(p.dtype, x, d, p.D - d), divisor); };
+    simd::vec along = simd::zero();
+    if (p.normalize && norm != Rows::EPS)
+      for (int64_t d = 0; d < p.D; d += simd::W) along = simd::fma(simd::load_first(acc + d, p.D - d), unit(d), along);
+    const simd::vec radial = simd::set1(-simd::sum(along));
     for (int64_t d = 0; d < p.D; d += simd::W) {
       simd::vec g = simd::load_first(acc + d, p.D - d);
-      if (p.normalize) g = simd::mul(vinv, simd::fma(along, load_as_float(p.dtype, x, d, p.D - d), g));
+      if (p.normalize) g = simd::div(simd::fma(radial, unit(d), g), divisor);
       store_from_float(p.dtype, out, d, g, p.D - d);
     }
   }

@@ -47,11 +47,11 @@ struct Columns {
   }
 };
 
-inline Rows image_rows(const InfoNceParams& p, const float* inv_norm) {
-  return {p.image, nullptr, p.image_stride, 0, p.N, p.N, p.D, p.dtype, inv_norm};
+inline Rows image_rows(const InfoNceParams& p, const float* norm) {
+  return {p.image, nullptr, p.image_stride, 0, p.N, p.N, p.D, p.dtype, norm};
 }
-inline Rows text_rows(const InfoNceParams& p, const float* inv_norm) {
-  return {p.text, p.extra, p.text_stride, p.extra_stride, p.M, p.M + p.K, p.D, p.dtype, inv_norm};
+inline Rows text_rows(const InfoNceParams& p, const float* norm) {
+  return {p.text, p.extra, p.text_stride, p.extra_stride, p.M, p.M + p.K, p.D, p.dtype, norm};
 }
 
 // Scale 0 keeps the order of the logits for d loss / d scale: 1e-30 is 0 in every log-sum-exp.
@@ -143,9 +143,9 @@ static void dot_strip(float* strip, int R, int64_t Kd, const float* A, const flo
                            k > 0);
 }
 
-inline void inverse_norms(const Rows& rows, float* out) {
+inline void row_norms(const Rows& rows, float* out) {
 #pragma omp for schedule(static)
-  for (int64_t i = 0; i < rows.count; i++) out[i] = rows.inverse_norm(i);
+  for (int64_t i = 0; i < rows.count; i++) out[i] = rows.norm_of(i);
 }
 
 }  // namespace limber

@@ -102,8 +102,8 @@ class InfoNceForward {
     {
       float* mine = scratch + omp_get_thread_num() * per_thread();
       if (p.normalize) {
-        inverse_norms(images, norms);
-        inverse_norms(texts, norms + p.N);
+        row_norms(images, norms);
+        row_norms(texts, norms + p.N);
       }
       for (int64_t b0 = 0; b0 < cols.count; b0 += super) {
         const int64_t b1 = std::min(b0 + super, cols.count);

@@ -43,7 +43,7 @@ struct Rows {
   const void *base, *more;
   int64_t stride, more_stride, split, count, D;
   Dtype dtype;
-  const float* inv_norm = nullptr;  // [count], or null: rows as they are
+  const float* norm = nullptr;  // [count] divisors, or null: rows as they are
 
   const void* row(int64_t i) const {
     return i < split ? (const char*)base + i * stride * size_of(dtype)
@@ -55,24 +55,26 @@ struct Rows {
     if (i >= end) return simd::zero();
     if constexpr (Op::P == 1) {
       simd::vec v = load_as_float(dtype, row(i), d, D - d);
-      return inv_norm ? simd::mul(v, simd::set1(inv_norm[i])) : v;
+      return norm ? simd::div(v, simd::set1(norm[i])) : v;
     }
 #if defined(LIMBER_ISA_AVX512)
     else {
       simd::vec v = simd::load_pairs((const uint16_t*)row(i) + d, D - d);
-      return inv_norm ? simd::scale_pairs(v, simd::set1(inv_norm[i])) : v;
+      return norm ? simd::divide_pairs(v, simd::set1(norm[i])) : v;
     }
 #endif
   }
-  // 1 / max(||row||, 1e-12), as torch.nn.functional.normalize
-  float inverse_norm(int64_t i) const {
+  // max(||row||, eps), as torch.nn.functional.normalize
+  static constexpr float EPS = 1e-12f;
+  float norm_of(int64_t i) const {
     simd::vec s = simd::zero();
     const void* p = row(i);
     for (int64_t d = 0; d < D; d += simd::W) {
       simd::vec v = load_as_float(dtype, p, d, D - d);
       s = simd::fma(v, v, s);
     }
-    return 1.f / std::fmax(std::sqrt(simd::sum(s)), 1e-12f);
+    const float n = std::sqrt(simd::sum(s));
+    return n < EPS ? EPS : n;  // NaN stays
   }
 };
 

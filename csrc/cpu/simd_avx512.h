@@ -88,10 +88,10 @@ struct simd {
   static vec load_pairs(const uint16_t* p, int64_t n) {
     return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(n >= 32 ? ~0u : n <= 0 ? 0 : (1u << n) - 1, p));
   }
-  static vec scale_pairs(vec pairs, vec s) {
+  static vec divide_pairs(vec pairs, vec s) {
     __m512i u = _mm512_castps_si512(pairs);
-    vec even = mul(_mm512_castsi512_ps(_mm512_slli_epi32(u, 16)), s),
-        odd = mul(_mm512_castsi512_ps(_mm512_and_si512(u, _mm512_set1_epi32(0xffff0000))), s);
+    vec even = div(_mm512_castsi512_ps(_mm512_slli_epi32(u, 16)), s),
+        odd = div(_mm512_castsi512_ps(_mm512_and_si512(u, _mm512_set1_epi32(0xffff0000))), s);
     __m512i e = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even)),
             o = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
     return _mm512_castsi512_ps(_mm512_or_si512(e, _mm512_slli_epi32(o, 16)));
