@@ -58,14 +58,6 @@ PYBIND11_MODULE(LIMBER_MODULE, m) {
       },
       py::arg("threads"), py::arg("bytes") = int64_t(1) << 29, "Bytes/s read from memory by `threads` threads.");
 
-  m.def(
-      "info_nce_cache_bytes",
-      [](int64_t N, int64_t M, int64_t K, const std::string& dtype, int64_t budget) {
-        return info_nce_cache_bytes(N, M, K, dtype_from(dtype), budget);
-      },
-      py::arg("N"), py::arg("M"), py::arg("K"), py::arg("dtype"), py::arg("budget"),
-      "Bytes of tile cache worth having within a budget.");
-
   py::class_<Scratch>(m, "Scratch", "Writable bytes on huge pages, reused by the next block of the same size.",
                       py::module_local(), py::buffer_protocol())
       .def(py::init<int64_t>(), py::arg("bytes"))

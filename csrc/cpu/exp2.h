@@ -20,14 +20,20 @@ static inline simd::vec exp2_fraction(simd::vec f) {
   return p;
 }
 
-// 2^(f + n) for |f| <= 1 and an integer n
-template <int DEGREE>
-static inline simd::vec exp2_sum(simd::vec f, simd::vec n) {
+// n + f -> the nearest integer and the rest, for any f
+static inline void renormalise(simd::vec& n, simd::vec& f) {
   simd::vec k = simd::round(f);
-  return simd::ldexp(exp2_fraction<DEGREE>(simd::sub(f, k)), simd::add(n, k));
+  n = simd::add(n, k), f = simd::sub(f, k);
 }
 
-static inline simd::vec exp_nonpositive(simd::vec x) {  // e^x for x <= 0, to fp32 rounding
+template <int DEGREE>
+static inline simd::vec exp2_sum(simd::vec f, simd::vec n) {  // 2^(f + n) for an integer n and any f
+  renormalise(n, f);
+  return simd::ldexp(exp2_fraction<DEGREE>(f), n);
+}
+
+static inline simd::vec exp_nonpositive(simd::vec x) {  // e^x for x <= 0, to fp32 rounding; 0 from -150 on, -inf too
+  x = simd::max(simd::set1(-150.f), x);                 // in this order NaN stays
   simd::vec n = simd::round(simd::mul(x, simd::set1((float)LOG2E)));
   simd::vec f = simd::fms(x, simd::set1((float)LOG2E), n);
   return simd::ldexp(exp2_fraction<6>(simd::fma(x, simd::set1((float)(LOG2E - (float)LOG2E)), f)), n);

@@ -77,7 +77,7 @@ class InfoNceBackward {
 
 #pragma omp parallel num_threads(p.threads)
     {
-      float *strip = scratch + omp_get_thread_num() * per_thread(), *a = strip + MR * LDS, *b = a + MB;
+      float *strip = scratch + omp_get_thread_num() * per_thread(), *a = strip + MR * LDS, *b = a + round_up(MB, 16);
       if (p.normalize) {
         row_norms(images, norms);
         row_norms(texts, norms + p.N);
@@ -175,7 +175,7 @@ class InfoNceBackward {
       std::memcpy(sum + d, &u, 4);
     }
   }
-  int64_t per_thread() const { return round_up(MR * LDS + MB + NB + 2 * simd::W, 16); }
+  int64_t per_thread() const { return round_up(MR * LDS + round_up(MB, 16) + NB + simd::W, 16); }
 
   float row_lse(int64_t i) const { return p.row_state[LSE_EXPONENT * p.N + i] + p.row_state[LSE_REMAINDER * p.N + i]; }
   float col_lse(int64_t j) const { return p.col_state[LSE_EXPONENT * p.M + j] + p.col_state[LSE_REMAINDER * p.M + j]; }
@@ -202,7 +202,7 @@ class InfoNceBackward {
       auto see = [&](float v) { lo = std::min(lo, v), hi = std::max(hi, v), nan += 0.f * v; };
       for (int64_t i = i0; i < i0 + mb; i++) see(op.row_lse(i));
       for (int64_t j = j0; op.p.columns && j0 < op.p.M && j < j0 + nb; j++) see(op.col_lse(j));
-      shared = hi - lo < 90.f && nan == 0.f;
+      shared = hi - lo < 90.f && nan == 0.f && std::fabs(lo) < LARGE_LOGIT;
       shift = rintf(lo);
     }
     void hold(float m) const {
@@ -268,11 +268,12 @@ class InfoNceBackward {
         if constexpr (SOURCE == CACHED) {
           g = simd::mul(cache.load(tile + r * NB + j), simd::add(a, simd::load(w.b + j)));
         } else {
-          lg.split(simd::load(s + j), n, f);
           if constexpr (SOURCE == SHARED) {
+            lg.split_bounded(simd::load(s + j), n, f);
             g = simd::mul(simd::ldexp(exp2_fraction<Op::EXP2_DEGREE>(f), simd::sub(n, shift)),
                           simd::add(a, simd::load(w.b + j)));
           } else {
+            lg.split(simd::load(s + j), n, f);
             g = simd::mul(ca, exp2_sum<6>(simd::sub(f, row_rest), simd::sub(n, row_whole)));
             if (p.columns && w.j0 < p.M) {
               const int64_t left = w.nb - j, at = w.j0 + j;

@@ -37,7 +37,7 @@ struct Columns {
   Columns(const InfoNceParams& p, int64_t widest)
       : M(p.M),
         K(p.K),
-        NB(round_up(ceil_div(M, ceil_div(M, widest)), NR)),
+        NB(K ? widest : round_up(ceil_div(M, ceil_div(M, widest)), NR)),
         text_blocks(ceil_div(M, NB)),
         count(text_blocks + ceil_div(K, NB)) {}
   int64_t begin(int64_t b) const { return b < text_blocks ? b * NB : M + (b - text_blocks) * NB; }
@@ -57,6 +57,9 @@ inline Rows text_rows(const InfoNceParams& p, const float* norm) {
 // Scale 0 keeps the order of the logits for d loss / d scale: 1e-30 is 0 in every log-sum-exp.
 inline double log2_scale(const InfoNceParams& p) { return (p.scale == 0 ? 1e-30 : p.scale) * LOG2E; }
 
+// From here on one ulp of fp32 is half a bit of x: such logits take the paths that put digits before speed.
+constexpr float LARGE_LOGIT = 4e6f;
+
 // x = alpha * dot, split as n + f with one rounding of the small f, so that a large logit costs no digits.
 template <class Op>
 struct Logits {
@@ -66,6 +69,12 @@ struct Logits {
     n = simd::round(simd::mul(dot, alpha));
     f = simd::fms(dot, alpha, n);
     if constexpr (Op::P == 1) f = simd::fma(dot, alpha_low, f);
+  }
+  // The same with |f| <= 1/2 always: a large x far below its row's maximum must end as 0, not as a polynomial out of
+  // its range. In this order of operands NaN stays.
+  void split_bounded(simd::vec dot, simd::vec& n, simd::vec& f) const {
+    split(dot, n, f);
+    f = simd::max(simd::set1(-0.5f), simd::min(simd::set1(0.5f), f));
   }
 };
 
@@ -99,9 +108,6 @@ struct TileCache {
   int64_t strips_per_block, strips;
   float* shifts;
   elem* tiles;
-  static int64_t bytes_for(int64_t strips) {
-    return round_up(strips * 4, 64) + strips * TILE * (int64_t)sizeof(elem) + 64;
-  }
   explicit TileCache(const InfoNceParams& p) : strips_per_block(ceil_div(p.N, MR)) {
     strips = p.cache ? std::max<int64_t>(0, (p.cache_bytes - 128) / (TILE * (int64_t)sizeof(elem) + 4)) : 0;
     uintptr_t base = round_up((int64_t)(uintptr_t)p.cache, 64);

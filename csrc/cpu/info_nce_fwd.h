@@ -186,7 +186,8 @@ class InfoNceForward {
           shift = rintf(hi), open = true;
           std::memset(csum, 0, 2 * NB * sizeof(float));
         }
-        if (lo > shift - SPAN || (lo > -INFINITY && maxima_above(strip, R, i, j0, nb, shift - SPAN))) {
+        const bool large = !(std::fabs(lo) < LARGE_LOGIT && std::fabs(hi) < LARGE_LOGIT);
+        if (!large && (lo > shift - SPAN || maxima_above(strip, R, i, j0, nb, shift - SPAN))) {
           if (tile) cache.shifts[slot] = shift;
           whole ? shared_sums<true>(strip, R, i, j0, nb, shift, row, csum, cxsum, tile)
                 : shared_sums<false>(strip, R, i, j0, nb, shift, row, csum, cxsum, tile);
@@ -273,7 +274,7 @@ class InfoNceForward {
 #pragma GCC unroll 8
       for (int r = 0; r < H; r++) {
         simd::vec n, f;
-        lg.split(simd::load(strip + (r0 + r) * LDS + j), n, f);
+        lg.split_bounded(simd::load(strip + (r0 + r) * LDS + j), n, f);
         n = simd::sub(n, vshift);
         simd::vec e = simd::ldexp(exp2_fraction<Op::EXP2_DEGREE>(f), n), t = simd::add(n, f);
         if (!WHOLE) {
@@ -299,6 +300,7 @@ class InfoNceForward {
       simd::vec n, f;
       logits.split(dot, n, f);
       n = simd::sub(n, shift);
+      renormalise(n, f);
       const simd::vec e = simd::select(m, simd::ldexp(exp2_fraction<6>(f), n), simd::zero());
       s = simd::add(s, e), xs = simd::add(xs, simd::select(m, simd::mul(e, simd::add(n, f)), simd::zero()));
     };

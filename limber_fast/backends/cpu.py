@@ -74,8 +74,9 @@ def info_nce_fwd(
 ) -> InfoNceState:  # fmt: skip
     n, m = image.shape[0], text.shape[0]
     columns = symmetric and variant == "softmax"
-    row = torch.empty(6, n)
-    col = torch.empty(6, m) if columns else torch.zeros(6, m)
+    # The kernels write fp32 whatever torch's default dtype is.
+    row = torch.empty(6, n, dtype=torch.float32)
+    col = torch.empty(6, m, dtype=torch.float32) if columns else torch.zeros(6, m, dtype=torch.float32)
     row_correct, col_correct = (torch.zeros(size if with_stats else 0, dtype=torch.uint8) for size in (n, m))
     cache = _cache(cache_bytes)
     params = _params(image, text, extra_negatives, logit_scale, logit_bias, labels, image_ids, text_ids, row, col,
@@ -97,6 +98,7 @@ def info_nce_bwd(
     d_extra = gradient(extra_negatives, need_extra)
     params = _params(image, text, extra_negatives, logit_scale, logit_bias, labels, image_ids, text_ids, state.row,
                      state.col, state.cache, label_smoothing, normalize, variant, col_grad is not None)  # fmt: skip
+    row_grad, col_grad = row_grad.float(), None if col_grad is None else col_grad.float()
     native.cpu().info_nce_bwd(params, row_grad.data_ptr(), _address(col_grad), _address(d_image), _address(d_text),
                               _address(d_extra))  # fmt: skip
     return d_image, d_text, d_extra
