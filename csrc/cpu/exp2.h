@@ -20,16 +20,10 @@ static inline simd::vec exp2_fraction(simd::vec f) {
   return p;
 }
 
-// n + f -> the nearest integer and the rest, for any f
-static inline void renormalise(simd::vec& n, simd::vec& f) {
-  simd::vec k = simd::round(f);
-  n = simd::add(n, k), f = simd::sub(f, k);
-}
-
 template <int DEGREE>
 static inline simd::vec exp2_sum(simd::vec f, simd::vec n) {  // 2^(f + n) for an integer n and any f
-  renormalise(n, f);
-  return simd::ldexp(exp2_fraction<DEGREE>(f), n);
+  simd::vec k = simd::round(f);
+  return simd::ldexp(exp2_fraction<DEGREE>(simd::sub(f, k)), simd::add(n, k));
 }
 
 static inline simd::vec exp_nonpositive(simd::vec x) {  // e^x for x <= 0, to fp32 rounding; 0 from -150 on, -inf too

@@ -57,24 +57,34 @@ inline Rows text_rows(const InfoNceParams& p, const float* norm) {
 // Scale 0 keeps the order of the logits for d loss / d scale: 1e-30 is 0 in every log-sum-exp.
 inline double log2_scale(const InfoNceParams& p) { return (p.scale == 0 ? 1e-30 : p.scale) * LOG2E; }
 
-// From here on one ulp of fp32 is half a bit of x: such logits take the paths that put digits before speed.
+// From here on one ulp of fp32 is half a bit of x: such a logit is the rounded product itself, as in eager.
 constexpr float LARGE_LOGIT = 4e6f;
 
-// x = alpha * dot, split as n + f with one rounding of the small f, so that a large logit costs no digits.
+// x = alpha * dot = n + f, the product split with one rounding of the small f, so that a logit of 1e4 costs no digits.
 template <class Op>
 struct Logits {
   simd::vec alpha, alpha_low;
   explicit Logits(double a) : alpha(simd::set1((float)a)), alpha_low(simd::set1((float)(a - (float)a))) {}
   void split(simd::vec dot, simd::vec& n, simd::vec& f) const {
+    product(dot, n, f);
+    f = simd::select(simd::less(simd::set1(LARGE_LOGIT), simd::abs(n)), simd::sub(n, n), f);  // inf - inf: NaN
+  }
+  // Cheaper where a large x lies so far below its row's maximum that it ends as 0: the polynomial only must not leave
+  // its range. In this order of operands NaN stays.
+  void split_bounded(simd::vec dot, simd::vec& n, simd::vec& f) const {
+    product(dot, n, f);
+    f = simd::max(simd::set1(-0.5f), simd::min(simd::set1(0.5f), f));
+  }
+  static double scalar(double a, float dot) {
+    const float x = (float)a * dot;
+    return std::fabs(x) > LARGE_LOGIT ? x : a * dot;
+  }
+
+ private:
+  void product(simd::vec dot, simd::vec& n, simd::vec& f) const {
     n = simd::round(simd::mul(dot, alpha));
     f = simd::fms(dot, alpha, n);
     if constexpr (Op::P == 1) f = simd::fma(dot, alpha_low, f);
-  }
-  // The same with |f| <= 1/2 always: a large x far below its row's maximum must end as 0, not as a polynomial out of
-  // its range. In this order of operands NaN stays.
-  void split_bounded(simd::vec dot, simd::vec& n, simd::vec& f) const {
-    split(dot, n, f);
-    f = simd::max(simd::set1(-0.5f), simd::min(simd::set1(0.5f), f));
   }
 };
 

@@ -300,7 +300,6 @@ class InfoNceForward {
       simd::vec n, f;
       logits.split(dot, n, f);
       n = simd::sub(n, shift);
-      renormalise(n, f);
       const simd::vec e = simd::select(m, simd::ldexp(exp2_fraction<6>(f), n), simd::zero());
       s = simd::add(s, e), xs = simd::add(xs, simd::select(m, simd::mul(e, simd::add(n, f)), simd::zero()));
     };
@@ -385,7 +384,7 @@ class InfoNceForward {
       field(NLL) = sums.shift[i];
       loss = sums.sum[i], dscale = sums.xsum[i];
     } else {
-      const double S = sums.sum[i], M = S == 0 ? 0 : sums.shift[i], x = alpha * positive;
+      const double S = sums.sum[i], M = S == 0 ? 0 : sums.shift[i], x = Logits<Op>::scalar(alpha, positive);
       const double ratio = S == 0 ? 0 : S * std::exp2(M - x);  // negatives : positive
       double nll, unit;                                        // unit: probability per unit of S
       if (ratio < 1e300) {
@@ -396,8 +395,8 @@ class InfoNceForward {
         unit = std::exp2(M - x - nll / LN2);
       }
       const double lse = x + nll / LN2;
-      double whole = std::rint(lse);
-      field(LSE_EXPONENT) = (float)whole, field(LSE_REMAINDER) = (float)(lse - whole);
+      const float whole = (float)std::rint(lse);
+      field(LSE_EXPONENT) = whole, field(LSE_REMAINDER) = (float)(lse - whole);
       field(NLL) = (float)nll;
       loss = nll;
       dscale = S == 0 ? 0 * nll : (sums.xsum[i] + S * (M - x)) * unit / alpha;
