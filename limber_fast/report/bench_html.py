@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from limber_fast.report import page
-from limber_fast.report.charts import EAGER, FUSED, INK, SOFT, _figure, _svg
+from limber_fast.report.charts import EAGER, FUSED, INK, SOFT, row_of_axes, to_svg
 
 Row = dict[str, Any]
 
@@ -81,7 +81,7 @@ def _charts(rows: Sequence[Row]) -> list[str]:
     width = [row for row in rows if row.get("group") == "width" and row["status"] == "ok"]
     drawn = []
     if size:
-        figure, (left, right) = _figure(2, 4.0)
+        figure, (left, right) = row_of_axes(2, 4.0)
         for name in dict.fromkeys(name for row in size for name in _by_baseline(row, "ratio")):
             _lines(left, size, "N", f"{name}_ratio", name, _COLOURS.get(name, EAGER))
         left.axhline(1, color=INK, linewidth=0.8)
@@ -90,10 +90,10 @@ def _charts(rows: Sequence[Row]) -> list[str]:
         _lines(right, off, "N", "ceiling_fraction", "cache off", EAGER, 100)
         _finish(left, "time of a baseline / ours (above 1: ours is faster)", "pairs in the batch, N")
         _finish(right, "share of the arithmetic peak, %", "pairs in the batch, N")
-        drawn.append(page.chart(_svg(figure), "Ratio of times, and share of the arithmetic peak, against N"))
+        drawn.append(page.chart(to_svg(figure), "Ratio of times, and share of the arithmetic peak, against N"))
     memory = [row for row in size if row.get("peak_bytes")]
     if memory or width:
-        figure, (left, right) = _figure(2, 4.0)
+        figure, (left, right) = row_of_axes(2, 4.0)
         _lines(left, memory, "N", "peak_bytes", "limber_fast", FUSED, 2**-20)
         _lines(left, memory, "N", "eager_peak_bytes", "eager", EAGER, 2**-20)
         for n, colour in zip(sorted({row["shape"]["N"] for row in width}), (SOFT, FUSED, EAGER, INK), strict=False):
@@ -103,7 +103,7 @@ def _charts(rows: Sequence[Row]) -> list[str]:
             left.set_yscale("log")
         _finish(left, "peak memory beyond the inputs, MiB", "pairs in the batch, N", from_zero=False)
         _finish(right, "time of eager / ours", "features, D")
-        drawn.append(page.chart(_svg(figure), "Peak memory against N, and the ratio to eager against D"))
+        drawn.append(page.chart(to_svg(figure), "Peak memory against N, and the ratio to eager against D"))
     return drawn or [page.paragraph("No row of a sweep was measured in this run.")]
 
 

@@ -17,7 +17,8 @@ _LINES = {"bfloat16": "-", "float32": "--"}
 _SHORT = {"bfloat16": "bf16", "float32": "fp32"}
 
 
-def _figure(columns: int, height: float = 3.4) -> tuple[Figure, list]:
+def row_of_axes(columns: int, height: float = 3.4) -> tuple[Figure, list]:
+    """A figure of the page's width with its axes side by side, in the page's style."""
     figure = Figure(figsize=(10, height), layout="constrained")
     axes = list(np.atleast_1d(figure.subplots(1, columns)))
     for axis in axes:
@@ -29,7 +30,8 @@ def _figure(columns: int, height: float = 3.4) -> tuple[Figure, list]:
     return figure, axes
 
 
-def _svg(figure: Figure) -> bytes:
+def to_svg(figure: Figure) -> bytes:
+    """The figure on a transparent ground, without a date."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
@@ -37,7 +39,7 @@ def _svg(figure: Figure) -> bytes:
 
 def training_curve(history: Sequence[dict[str, float]]) -> bytes:
     """Loss, in-batch accuracy and logit scale against minutes of training."""
-    figure, (left, middle, right) = _figure(3, 3.0)
+    figure, (left, middle, right) = row_of_axes(3, 3.0)
     minutes = [row["seconds"] / 60 for row in history]
     left.plot(minutes, [row["image_text_loss"] for row in history], color=FUSED, label="image - text")
     left.plot(minutes, [row["image_image_loss"] for row in history], color=SOFT, label="style - style")
@@ -49,7 +51,7 @@ def training_curve(history: Sequence[dict[str, float]]) -> bytes:
         axis.set_title(title, loc="left", fontsize=10)
         axis.set_xlabel("minutes", fontsize=9)
         axis.set_ylim(0, 1.08 * max(axis.dataLim.y1, 1e-6))
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def confusion(groups: Sequence[str], counts: np.ndarray) -> bytes:
@@ -68,12 +70,12 @@ def confusion(groups: Sequence[str], counts: np.ndarray) -> bytes:
         if value >= 0.5:
             axis.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8,
                       color="white" if value > 55 else INK)  # fmt: skip
-    return _svg(figure)
+    return to_svg(figure)
 
 
 def loss_cost(points: Sequence[Point]) -> bytes:
     """Time and extra peak memory of one forward and backward pass against the batch size, both axes logarithmic."""
-    figure, axes = _figure(2, 4.0)
+    figure, axes = row_of_axes(2, 4.0)
     for axis, field, title in zip(
         axes, ("seconds", "peak_mib"), ("time, seconds", "peak memory beyond the inputs, MiB"), strict=True
     ):
@@ -94,4 +96,4 @@ def loss_cost(points: Sequence[Point]) -> bytes:
         axis.yaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel("pairs in the batch, N", fontsize=9)
     axes[0].legend(frameon=False, fontsize=9)
-    return _svg(figure)
+    return to_svg(figure)

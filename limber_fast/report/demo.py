@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from limber_fast.data import emoji
 from limber_fast.evaluation.emoji import Evaluation
 from limber_fast.report import charts, page
 from limber_fast.report.loss_timing import FEATURES, Point
@@ -33,6 +34,7 @@ ZERO_SHOT_NOTE = (
     "training drawing with the most alike pixels; it cannot name what no vendor drew for it. Unseen concepts are held "
     "out by family: no sibling in another gender, direction or colour was trained on."
 )
+CREDITS_NOTE = "The drawings, scaled to 32 x 32 pixels, are by:"
 CONFUSION_NOTE = "Percent of each row; all test images, all names."
 
 
@@ -116,6 +118,7 @@ def write_report(path: Path, run: dict, history: Sequence[dict], found: Evaluati
         page.section("confusion", "Confusion by group", matrix, page.paragraph(CONFUSION_NOTE, "note")),
         page.section("loss", "The loss: eager PyTorch against limber_fast", *_loss(points, run["threads"])),
         page.section("machine", "This machine", page.table(("", ""), list(run["machine"].items()))),
+        page.section("credits", "Credits", page.paragraph(CREDITS_NOTE), *_credits()),
     )
     page.write_text(path, page.page("limber_fast demo", *content))
 
@@ -129,6 +132,10 @@ def _lead(run: dict, tables: dict[str, dict]) -> str:
         f"the images right among {seen['classes']} names; nearest neighbour in pixels {seen['pixel']['top1']:.1f}%. "
         f"Among {unseen['classes']} concepts that no drawing it trained on shows, {unseen['top1']:.1f}%."
     )
+
+
+def _credits() -> list[str]:
+    return [page.paragraph(line, "note") for line in emoji.credits()]
 
 
 def _threads(count: int) -> str:
