@@ -26,7 +26,7 @@ class SmallClipConfig:
     context_length: int = 12
     text_width: int = 128
     text_heads: int = 2
-    text_layers: int = 2
+    text_layers: int = 1
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
