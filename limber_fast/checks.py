@@ -4,10 +4,14 @@ TypeError for dtype and kind."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def invalid(
@@ -25,21 +29,32 @@ def _kind(x: Any) -> str:
 
 
 def matrix(op: str, name: str, x: Tensor, shape: str) -> None:
-    """A floating-point matrix with at least one row and one column."""
+    """A dense floating-point matrix with at least one row and one column."""
     if not isinstance(x, Tensor):
-        raise invalid(op, name, f"be a tensor {shape}", _kind(x), kind=TypeError)
-    if not x.is_floating_point():
-        raise invalid(op, name, "be floating point", _kind(x), f"convert it: {name}.float()", kind=TypeError)
+        raise invalid(op, name, f"be a tensor {shape}", _kind(x), "convert it: torch.as_tensor", kind=TypeError)
+    if x.is_nested or x.layout != torch.strided:
+        found = "a nested tensor" if x.is_nested else str(x.layout)
+        raise invalid(op, name, f"be a dense tensor {shape}", found, "convert it, as by to_dense()", kind=TypeError)
+    if x.dtype not in _FLOATS:
+        remedy = f"convert it: {name}.float()"
+        raise invalid(op, name, "be fp16, bf16, fp32 or fp64", _kind(x), remedy, kind=TypeError)
     if x.ndim != 2:
-        raise invalid(op, name, f"be {shape}", _shape(x))
+        raise invalid(op, name, f"be {shape}", _shape(x), f"reshape it: {name}.reshape(-1, D)")
     if x.shape[0] == 0 or x.shape[1] == 0:
         raise invalid(op, name, f"be {shape} with at least one row and one feature", _shape(x), "skip empty batches")
+
+
+def has_data(op: str, name: str, x: Tensor) -> None:
+    if x.is_meta:
+        remedy = "materialise it, or trace shapes with torch.compile or FakeTensorMode"
+        raise invalid(op, name, "hold data", "a tensor on meta", remedy)
 
 
 def same_features(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
     """`x` has the width, dtype and device of `like`."""
     if x.shape[1] != like.shape[1]:
-        raise invalid(op, name, f"have the D = {like.shape[1]} of {like_name}", _shape(x))
+        remedy = "project both to one width"
+        raise invalid(op, name, f"have the D = {like.shape[1]} of {like_name}", _shape(x), remedy)
     if x.dtype != like.dtype:
         remedy = f"convert one: {name}.to({like_name}.dtype), or call under torch.autocast"
         raise invalid(op, name, f"have the dtype of {like_name}, {like.dtype}", _kind(x), remedy, kind=TypeError)
@@ -53,21 +68,38 @@ def same_device(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> 
 
 
 def number(op: str, name: str, x: float | Tensor) -> None:
-    """A Python number, or a floating-point tensor with one element."""
+    """A real number (Python's, NumPy's or a 0-d array), or a floating-point tensor with one element."""
     if isinstance(x, Tensor):
         if not x.is_floating_point():
-            raise invalid(op, name, "be floating point", _kind(x), kind=TypeError)
+            raise invalid(op, name, "be floating point", _kind(x), f"convert it: {name}.float()", kind=TypeError)
         if x.numel() != 1:
-            raise invalid(op, name, "be a number or a tensor with one element", _shape(x))
-    elif not isinstance(x, (int, float)):
-        raise invalid(op, name, "be a number or a tensor with one element", _kind(x), kind=TypeError)
+            remedy = "one value serves all logits"
+            raise invalid(op, name, "be a number or a tensor with one element", _shape(x), remedy)
+    elif not (_is_real(x) or (isinstance(x, np.ndarray) and x.ndim == 0 and _is_real(x[()]))):
+        remedy = f"convert it: float({name})"
+        raise invalid(op, name, "be a number or a tensor with one element", _kind(x), remedy, kind=TypeError)
+
+
+def _is_real(x: Any) -> bool:
+    return isinstance(x, (int, float, Real))  # the builtins first: isinstance asks an ABC slowly
+
+
+def _real(op: str, name: str, x: Any) -> None:
+    if not _is_real(x):
+        raise invalid(op, name, "be a number", _kind(x), f"convert it: float({name})", kind=TypeError)
+
+
+def flag(op: str, name: str, x: Any) -> None:
+    if not isinstance(x, bool):
+        raise invalid(op, name, "be True or False", repr(x), f"convert it: bool({name})", kind=TypeError)
 
 
 def vector(op: str, name: str, x: Tensor, length: int, letter: str, like_name: str, like: Tensor) -> None:
     if not isinstance(x, Tensor):
-        raise invalid(op, name, f"be a tensor [{letter}]", _kind(x), kind=TypeError)
+        raise invalid(op, name, f"be a tensor [{letter}]", _kind(x), "convert it: torch.as_tensor", kind=TypeError)
     if x.ndim != 1 or x.shape[0] != length:
-        raise invalid(op, name, f"be [{letter}] with {letter} = {length}", _shape(x))
+        owner = {"N": "image", "M": "text"}[letter]
+        raise invalid(op, name, f"be [{letter}] with {letter} = {length}", _shape(x), f"one value per row of {owner}")
     same_device(op, name, x, like_name, like)
 
 
@@ -89,13 +121,15 @@ def choice(op: str, name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def label_smoothing(op: str, value: float, variant: str) -> None:
+    _real(op, "label_smoothing", value)
     if not 0 <= value < 1:
-        raise invalid(op, "label_smoothing", "lie in [0, 1)", repr(value))
+        raise invalid(op, "label_smoothing", "lie in [0, 1)", repr(value), "0 turns it off")
     if value and variant == "sigmoid":
         raise invalid(op, "label_smoothing", "be 0 with variant='sigmoid', which has no softmax to smooth", repr(value))
 
 
 def not_negative(op: str, name: str, value: float) -> None:
+    _real(op, name, value)
     if not value >= 0:
         raise invalid(op, name, "not be negative", repr(value), "0 turns it off")
 
@@ -114,7 +148,8 @@ def symmetric_rectangle(op: str, n: int, m: int) -> None:
 
 def label_range(op: str, low: int, high: int, m: int) -> None:
     if low < 0 or high >= m:
-        raise invalid(op, "labels", f"lie in [0, M) with M = {m}", f"values from {low} to {high}")
+        found, remedy = f"values from {low} to {high}", "they index rows of text"
+        raise invalid(op, "labels", f"lie in [0, M) with M = {m}", found, remedy)
 
 
 def permutation(op: str, is_permutation: bool) -> None:

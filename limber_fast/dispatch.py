@@ -14,6 +14,7 @@ import torch
 
 OPS = ("info_nce",)
 BACKENDS = ("cuda", "triton", "cpu", "eager")
+CHOICES = ("auto", *BACKENDS)
 ORDER = {"cuda": ("cuda", "triton", "eager"), "cpu": ("cpu", "eager")}
 ENVIRONMENT_VARIABLE = "LIMBER_FAST_BACKEND"
 
@@ -25,8 +26,8 @@ class BackendUnavailable(RuntimeError):
 
 
 def _known(name: str, source: str) -> str:
-    if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"{source} must be one of 'auto', {', '.join(map(repr, BACKENDS))}; got {name!r}")
+    if name not in CHOICES:
+        raise ValueError(f"{source} must be one of {', '.join(map(repr, CHOICES))}; got {name!r}")
     return name
 
 
@@ -54,11 +55,12 @@ def _using(name: str) -> Iterator[None]:
 def preferred(backend: str) -> str:
     """The name an op call asks for: its own argument, else use_backend, else LIMBER_FAST_BACKEND, else 'auto'.
 
-    Runs outside the opaque op, so that the backward pass inherits the answer whatever thread or context it runs in;
-    torch.compile guards on the context variable and recompiles when it changes; the environment it reads once.
+    The op has checked its argument. Runs outside the opaque op, so that the backward pass inherits the answer whatever
+    thread or context it runs in; torch.compile guards on the context variable and recompiles when it changes; the
+    environment it reads once.
     """
     if backend != "auto":
-        return _known(backend, "backend")
+        return backend
     if (chosen := _preference.get()) is not None:
         return chosen
     if chosen := os.environ.get(ENVIRONMENT_VARIABLE):

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from limber_fast import checks
+from limber_fast import checks, dispatch
 from limber_fast.ops.info_nce import info_nce
 
 
@@ -17,6 +17,8 @@ class _Loss(nn.Module):
         super().__init__()
         given = {name: value for name, (value, single) in distributed.items() if value != single}
         checks.single_process(type(self).__name__, given)
+        checks.not_negative(type(self).__name__, "cache_mb", cache_mb)
+        checks.choice(type(self).__name__, "backend", backend, dispatch.CHOICES)
         self.cache_mb, self.backend = cache_mb, backend
 
     def forward(
@@ -51,7 +53,7 @@ class ClipLoss(_Loss):
         rank, world_size, use_horovod: must describe one process.
         cache_mb, backend: as in `limber_fast.info_nce`.
 
-    Raises: ValueError for a distributed setting.
+    Raises: ValueError for a distributed setting or an unknown backend.
     Source: Radford et al., arXiv 2103.00020, figure 3.
     """
 
@@ -81,7 +83,7 @@ class SigLipLoss(_Loss):
         rank, world_size: must describe one process.
         cache_mb, backend: as in `limber_fast.info_nce`.
 
-    Raises: ValueError for a distributed setting.
+    Raises: ValueError for a distributed setting or an unknown backend.
     Source: Zhai et al., arXiv 2303.15343, algorithm 1.
     """
 

@@ -104,13 +104,14 @@ def info_nce(
         extra_negatives: [K, D], further candidates of the image-to-text direction.
         weights: [N] floating constants, one per pair.
         label_smoothing: eps in [0, 1), spread evenly over the candidates; softmax variant only.
-        normalize: divide the rows by max(L2 norm, 1e-12) first, inside the op.
+        normalize: divide the rows by max(L2 norm, 1e-12) first, inside the op. The gradient of an all-zero row is
+            divided by 1e-12 too: in fp16 it overflows to inf, as through torch.nn.functional.normalize.
         variant: 'softmax' (CLIP) or 'sigmoid' (SigLIP).
         symmetric: both directions, or image-to-text alone. Without meaning in the sigmoid variant.
         reduction: 'mean', 'sum' or 'none'.
         return_stats: also return `InfoNceStats`.
         cache_mb: MiB of tiles that the forward pass may keep for the backward pass (6 N M D flop instead of 8 where
-            all fit); 0 turns it off. Nothing is kept where no tower needs a gradient.
+            all fit); 0 turns it off, inf keeps all. Nothing is kept where no tower needs a gradient.
         backend: 'auto', 'cpu', 'cuda', 'triton' or 'eager'; see `limber_fast.use_backend`.
 
     Returns:
@@ -123,14 +124,17 @@ def info_nce(
     Saved for backward: the arguments, six fp32 numbers per row and column, and the cache.
 
     Raises:
-        ValueError: a shape or value breaks the contract above. TypeError: a dtype does.
+        ValueError: a shape or value breaks the contract above. TypeError: a dtype or kind does.
         BackendUnavailable: the named backend cannot run this call.
-        RuntimeError: a second derivative, or torch.vmap.
+        RuntimeError: a second derivative, forward-mode differentiation, torch.vmap or a torch.func transform.
 
     Source: Radford et al., arXiv 2103.00020, figure 3; Zhai et al., arXiv 2303.15343, algorithm 1.
     """
     checks.choice(_OP, "variant", variant, ("softmax", "sigmoid"))
     checks.choice(_OP, "reduction", reduction, ("mean", "sum", "none"))
+    checks.choice(_OP, "backend", backend, dispatch.CHOICES)
+    for name, flag in (("normalize", normalize), ("symmetric", symmetric), ("return_stats", return_stats)):
+        checks.flag(_OP, name, flag)
     checks.label_smoothing(_OP, label_smoothing, variant)
     checks.not_negative(_OP, "cache_mb", cache_mb)
     image, text, extra_negatives = _towers(image, text, extra_negatives)
@@ -149,7 +153,7 @@ def info_nce(
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (image, text, extra_negatives)):
         # Every backend fits one value per pair, padded to its tiles, in this; the budget bounds it at any size.
         candidates = m + (0 if extra_negatives is None else extra_negatives.shape[0])
-        cache_bytes = min(int(cache_mb * 2**20), (n + 64) * (candidates + 1024) * 4)
+        cache_bytes = min(int(min(cache_mb, 2**40) * 2**20), (n + 64) * (candidates + 1024) * 4)
     loss, row, col, row_correct, col_correct, _ = torch.ops.limber_fast.info_nce_fwd.default(
         image, text, logit_scale, logit_bias, extra_negatives, labels, image_ids, text_ids, weights,
         float(label_smoothing), normalize, variant, symmetric, reduction, return_stats, cache_bytes,
@@ -165,6 +169,7 @@ def _towers(image: Tensor, text: Tensor, extra: Tensor | None) -> tuple[Tensor, 
     checks.matrix(_OP, "text", text, "[M, D]")
     if extra is not None:
         checks.matrix(_OP, "extra_negatives", extra, "[K, D]")
+    checks.has_data(_OP, "image", image)
     device = image.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -188,7 +193,7 @@ def _scalar(name: str, x: float | Tensor, image: Tensor) -> Tensor:
     checks.number(_OP, name, x)
     dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
     if not isinstance(x, Tensor):
-        return torch.full((), x, dtype=dtype, device=image.device)
+        return torch.full((), x if isinstance(x, (int, float)) else float(x), dtype=dtype, device=image.device)
     if x.ndim:
         x = x.reshape(())
     return x if x.dtype == dtype and x.device == image.device else x.to(image.device, dtype)

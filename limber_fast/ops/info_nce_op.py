@@ -12,11 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from limber_fast import checks, dispatch
 
 # Fields (first index) of InfoNceState.row and .col.
 LSE_EXPONENT, LSE_REMAINDER, NLL, LOSS, DSCALE, UNIFORM = range(6)
+
+_DENSE = "the dense formula, limber_fast.reference.info_nce, has every derivative"
 
 
 class InfoNceState(NamedTuple):
@@ -182,16 +185,25 @@ class _InfoNceBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(
-            "info_nce: its gradient cannot be differentiated again; for second derivatives use the dense formula, "
-            "limber_fast.reference.info_nce"
-        )
+        raise RuntimeError(f"info_nce: its gradient cannot be differentiated again; {_DENSE}")
+
+
+def _has_tangent(*inputs: Any) -> bool:
+    if forward_ad._current_level < 0:  # no dual level is open: all that a call without forward mode pays
+        return False
+    return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in inputs)
 
 
 def _autograd_kernel(op: Any, function: type[torch.autograd.Function]) -> Callable[..., tuple[Tensor, ...]]:
     # torch.library.register_autograd would do the same for 70 us more per call (it re-reads the schema each time).
     def kernel(*inputs: Any) -> tuple[Tensor, ...]:
+        if _has_tangent(*inputs):  # below autograd the op would drop it: a derivative of zero
+            raise RuntimeError(f"info_nce: forward-mode differentiation is not supported; {_DENSE}")
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+            if torch._C._are_functorch_transforms_active():
+                raise RuntimeError(
+                    f"info_nce: torch.func transforms are not supported; use torch.autograd.grad; {_DENSE}"
+                )
             return function.apply(*inputs)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*inputs)

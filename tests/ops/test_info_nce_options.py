@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from importlib import import_module
+from math import inf
 
 import cases
+import numpy as np
 import pytest
 import torch
 
@@ -84,6 +87,64 @@ def test_statistics(engine, poisoned, name):
             _close(found, true[field])
 
 
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_few_texts_and_many_extra_negatives(engine, poisoned, dtype):
+    n = m = 32
+    options = {"extra_negatives": cases.towers("unit", 3000, 1, D, dtype)[0]}
+    (loss, gradients, _), (true_loss, true_gradients, _) = _both(engine, options, n=n, m=m, dtype=dtype)
+    rtol = 2e-5 if dtype == torch.float32 else 2e-2
+    _close(loss, true_loss, rtol)
+    for argument in ("image", "text", "extra_negatives", "logit_scale"):
+        _close(gradients[argument], true_gradients[argument], rtol)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "options, n, m",
+    [
+        ({}, N, N),
+        ({"extra_negatives": 3000}, 32, 32),
+        ({"variant": "sigmoid", "normalize": True}, N, N),
+        ({"symmetric": False, "extra_negatives": 29}, 300, 50),
+    ],
+)
+def test_cache_on_and_off_agree(engine, poisoned, options, n, m, dtype):
+    image, text, scale = cases.towers("unit", n, m, D, dtype)
+    options = dict(options, labels=cases.permutation(n) if n == m else cases.labels(n, m))
+    if "extra_negatives" in options:
+        options["extra_negatives"] = cases.towers("unit", options["extra_negatives"], 1, D, dtype)[0]
+    results = []
+    for cache_mb in (0, 0.05, 256, inf):
+        leaves = [x.clone().requires_grad_() for x in (image, text)]
+        loss = info_nce(*leaves, scale, **options, cache_mb=cache_mb, backend=engine)
+        results.append((loss, *torch.autograd.grad(loss, leaves)))
+    for cached in results[1:]:
+        for found, plain in zip(cached, results[0], strict=True):
+            assert cases.errors(found, plain)[0] < 2 * cases.FLOOR[dtype]
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["all", "sigmoid and all"])
+def test_default_dtype_does_not_matter(engine, poisoned, name, default):
+    results = []
+    for dtype in (torch.float32, default):
+        torch.set_default_dtype(dtype)
+        try:
+            loss, gradients, stats = _with_statistics(engine, OPTIONS[name])
+        finally:
+            torch.set_default_dtype(torch.float32)
+        results.append([loss, *gradients, *(x for x in stats if x is not None)])
+    for found, plain in zip(*results, strict=True):
+        assert found.dtype == plain.dtype and torch.equal(found, plain)
+
+
+def _with_statistics(engine, options):
+    image, text, _ = cases.towers("unit", N, N, D, torch.float32)
+    leaves = [x.clone().requires_grad_() for x in (image, text)]
+    loss, stats = info_nce(*leaves, 9.0, logit_bias=-3.0, **options, return_stats=True, backend=engine)
+    return loss.detach(), torch.autograd.grad(loss, leaves), stats
+
+
 @pytest.mark.parametrize("n, m", [(50, 123), (123, 50), (1, 9)])
 def test_rectangular_with_ids_and_weights(engine, poisoned, n, m):
     options = {"labels": cases.labels(n, m), "symmetric": False, "ids": (IDS[:n], IDS.flip(0)[:m]),
@@ -160,7 +221,8 @@ def test_frozen_towers_cost_nothing(engine, frozen, monkeypatch):
 
 
 @pytest.mark.parametrize("scale", [9, 9.0, torch.tensor(9.0), torch.tensor([9.0]), torch.full((1, 1), 9.0).bfloat16(),
-                                   torch.tensor(9.0, dtype=torch.float64)], ids=repr)  # fmt: skip
+                                   torch.tensor(9.0, dtype=torch.float64), np.float32(9), np.int64(9), np.array(9.0),
+                                   Fraction(9)], ids=repr)  # fmt: skip
 def test_logit_scale_kinds(engine, scale):
     image, text, _ = cases.towers("unit", N, N, D, torch.float32)
     leaf = scale.clone().requires_grad_() if isinstance(scale, torch.Tensor) else scale

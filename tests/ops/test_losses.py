@@ -57,6 +57,17 @@ def test_more_than_one_process_is_refused(name, arguments):
     assert all(f"{key}={value}" in str(error.value) for key, value in arguments.items())
 
 
+@pytest.mark.parametrize("name", ["ClipLoss", "SigLipLoss"])
+@pytest.mark.parametrize("options, error, message", [
+    ({"backend": "x"}, ValueError, "backend must be one of 'auto', .* got 'x'"),
+    ({"cache_mb": -1}, ValueError, "cache_mb must not be negative"),
+    ({"cache_mb": None}, TypeError, "cache_mb must be a number"),
+])  # fmt: skip
+def test_bad_options_are_refused_at_construction(name, options, error, message):
+    with pytest.raises(error, match=f"^{name}: {message}"):
+        getattr(limber_fast, name)(**options)
+
+
 def test_options_reach_the_op():
     loss = limber_fast.ClipLoss(backend="cuda", cache_mb=0)
     with pytest.raises(limber_fast.BackendUnavailable):
