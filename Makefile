@@ -2,7 +2,7 @@
 #   make demo [MINUTES=5]   train a small CLIP with the fused loss and write limber_fast_demo/report.html
 #   make test               the test suite
 #   make bench              ratios against eager PyTorch, as JSON and one page
-#   make gpu                what needs a CUDA device
+#   make gpu                the tests and benchmarks that need a CUDA device
 #   make lint | clean
 
 PYTHON ?= python3
@@ -41,7 +41,7 @@ bench: $(STAMP)
 
 gpu: $(STAMP)
 	@found=$$($(RUN) -c 'import torch; print(torch.cuda.is_available())') && if [ "$$found" = True ]; then \
-	  $(RUN) -m pytest -m cuda; \
+	  $(RUN) -m pytest -m cuda && $(RUN) -m limber_fast bench -k cuda; \
 	else \
 	  echo 'make gpu: no CUDA device: nothing was run'; \
 	fi

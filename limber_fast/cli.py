@@ -55,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser; every command's namespace carries `run(args, console) -> int | None`."""
     parser = argparse.ArgumentParser(prog="limber-fast", description="Fused kernels for CLIP training and LiMBeR.")
     parser.add_argument("--version", action="version", version=f"limber_fast {__version__}")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors and JSON")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
 
     demo = commands.add_parser("demo", help="train a small CLIP on emoji art with the fused loss and write report.html")
@@ -86,7 +87,8 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--threads", type=_positive(int), help="CPU threads (default: torch's choice)")
     for command, run in ((demo, _demo), (env, _env), (bench, _bench)):
         command.set_defaults(run=run)
-        command.add_argument("--quiet", action="store_true", help="print nothing but errors and JSON")
+        # Accepted after the command too; without a default of its own, which would undo the flag before it.
+        command.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS, help="the same")
     return parser
 
 
@@ -96,7 +98,7 @@ def _demo(args: argparse.Namespace, console: Console) -> int | None:
     return demo.main(args, console)
 
 
-def _env(args: argparse.Namespace, console: Console) -> None:
+def _env(args: argparse.Namespace, console: Console) -> int | None:
     from limber_fast import environment
 
     info = environment.collect()
@@ -104,6 +106,10 @@ def _env(args: argparse.Namespace, console: Console) -> None:
         print(json.dumps(info, indent=2), flush=True)
     else:
         environment.render(info, console)
+    if (reason := environment.override_error()) is not None:
+        console.error(reason)
+        return FAILED
+    return None
 
 
 def _bench(args: argparse.Namespace, console: Console) -> int | None:

@@ -78,6 +78,17 @@ def render(info: dict[str, Any], console: Console) -> None:
     console.table("Backends", ("op", "tensors on", "backend", "why"), rows)
 
 
+def override_error() -> str | None:
+    """Why LIMBER_FAST_BACKEND or LIMBER_FAST_CPU_ISA is refused, in one line; None where neither is."""
+    try:
+        dispatch.preferred("auto")
+        if os.environ.get(native.ISA_VARIABLE):
+            native.cpu_isa()
+    except (ValueError, dispatch.BackendUnavailable) as error:
+        return str(error)
+    return None
+
+
 def openmp_libraries() -> list[str]:
     """Paths of the OpenMP runtimes mapped into this process: more than one means more than one thread pool."""
     try:

@@ -52,9 +52,16 @@ def test_env_json_is_all_of_stdout_and_gives_every_refusal():
             assert all(choice["refused"][name] for name in before)
 
 
-def test_env_reports_overrides_that_cannot_be_met_instead_of_failing():
+@pytest.mark.parametrize("name", ["LIMBER_FAST_BACKEND", "LIMBER_FAST_CPU_ISA"])
+def test_env_fails_in_one_line_on_an_override_that_names_nothing(name):
+    done = run("--quiet", "env", **{name: "abacus"})
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert done.stderr.startswith(f"limber-fast: {name} must be one of ") and "got 'abacus'" in done.stderr
+
+
+def test_env_reports_overrides_that_cannot_be_met_before_failing():
     done = run("env", "--json", LIMBER_FAST_CPU_ISA="sse9", LIMBER_FAST_BACKEND="abacus")
-    assert done.returncode == 0
+    assert done.returncode == 1
     info = json.loads(done.stdout)
     assert "got 'sse9'" in info["cpu"]["error"]
     assert all("got 'abacus'" in choice["error"] for choice in info["ops"]["info_nce"].values())
@@ -81,8 +88,9 @@ def _read(descriptor: int) -> bytes:
         return b""
 
 
-def test_quiet_prints_nothing():
-    done = run("env", "--quiet")
+@pytest.mark.parametrize("arguments", [("env", "--quiet"), ("--quiet", "env")])
+def test_quiet_prints_nothing(arguments):
+    done = run(*arguments)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
