@@ -91,7 +91,7 @@ def _real(op: str, name: str, x: Any) -> None:
 
 def flag(op: str, name: str, x: Any) -> None:
     if not isinstance(x, bool):
-        raise invalid(op, name, "be True or False", repr(x), f"convert it: bool({name})", kind=TypeError)
+        raise invalid(op, name, "be True or False", repr(x), "pass a bool", kind=TypeError)
 
 
 def vector(op: str, name: str, x: Tensor, length: int, letter: str, like_name: str, like: Tensor) -> None:

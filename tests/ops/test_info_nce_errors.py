@@ -85,7 +85,7 @@ BAD_KINDS = {
     "no smoothing": (dict(label_smoothing=None), r"label_smoothing must be a number; got NoneType"),
     "cache of a string": (dict(cache_mb="a"), r"cache_mb must be a number; got str"),
     "no cache": (dict(cache_mb=None), r"cache_mb must be a number; got NoneType"),
-    "normalize of a string": (dict(normalize="no"), r"normalize must be True or False; got 'no'; convert it: bool"),
+    "normalize of a string": (dict(normalize="no"), r"normalize must be True or False; got 'no'; pass a bool"),
     "symmetric None": (dict(symmetric=None), r"symmetric must be True or False; got None"),
     "stats of a number": (dict(return_stats=1), r"return_stats must be True or False; got 1"),
 }
