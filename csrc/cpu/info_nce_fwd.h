@@ -386,17 +386,19 @@ class InfoNceForward {
     } else {
       const double S = sums.sum[i], M = S == 0 ? 0 : sums.shift[i], x = Logits<Op>::scalar(alpha, positive);
       const double ratio = S == 0 ? 0 : S * std::exp2(M - x);  // negatives : positive
-      double nll, unit;                                        // unit: probability per unit of S
+      double nll, unit, base,
+          rest;  // unit: probability per unit of S; log-sum-exp = base + rest, whose sum could lose digits
       if (ratio < 1e300) {
         nll = std::log1p(ratio) + 0 * x;  // an infinite positive gives NaN, as in eager
         unit = S == 0 ? 0 : ratio / ((1 + ratio) * S);
+        base = x, rest = nll / LN2;
       } else {
-        nll = ratio != ratio ? ratio : LN2 * (M - x + std::log2(S));
-        unit = std::exp2(M - x - nll / LN2);
+        base = M, rest = std::log2(S);
+        nll = ratio != ratio ? ratio : LN2 * (M - x + rest);
+        unit = 1 / S;
       }
-      const double lse = x + nll / LN2;
-      const float whole = (float)std::rint(lse);
-      field(LSE_EXPONENT) = whole, field(LSE_REMAINDER) = (float)(lse - whole);
+      const float whole = (float)std::rint(base + rest);
+      field(LSE_EXPONENT) = whole, field(LSE_REMAINDER) = (float)((base - whole) + rest);
       field(NLL) = (float)nll;
       loss = nll;
       dscale = S == 0 ? 0 * nll : (sums.xsum[i] + S * (M - x)) * unit / alpha;
