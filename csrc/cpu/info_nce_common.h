@@ -32,7 +32,7 @@ constexpr int64_t MAX_COLUMNS = 65536;               // of a super-block: bounds
 // budget.
 struct Columns {
   int64_t M, K, NB, text_blocks, count;
-  // Even blocks of at most `widest`: 256 columns are 128 + 128, not 224 + 32, whose short products cost 10% of the
+  // Even blocks of at most `widest`: 256 columns are 128 + 128, not 224 + 32, whose short products cost 6% of the
   // backward.
   Columns(const InfoNceParams& p, int64_t widest)
       : M(p.M),

@@ -12,7 +12,7 @@ struct simd {
   typedef int32_t mask __attribute__((vector_size(16)));
   static constexpr int W = 4;
   static constexpr int MR =
-      4;  // 4 x 2 accumulators; without FMA a 6 x 2 tile has no register left for the product and spills
+      4;  // 8 accumulators: without FMA each product and each broadcast needs a register of its own
   static constexpr const char* name = "baseline";
 
   static vec zero() { return vec{}; }
