@@ -62,7 +62,6 @@ struct simd {
   static mask less(vec a, vec b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
   static mask andnot(mask a, mask b) { return _mm256_andnot_ps(b, a); }
   static mask either(mask a, mask b) { return _mm256_or_ps(a, b); }
-  static bool any(mask m) { return _mm256_movemask_ps(m); }
   static int count(mask m) { return __builtin_popcount(_mm256_movemask_ps(m)); }
   static vec select(mask m, vec a, vec b) { return _mm256_blendv_ps(b, a, m); }
 

@@ -43,7 +43,6 @@ struct simd {
   static mask less(vec a, vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
   static mask andnot(mask a, mask b) { return a & ~b; }  // a and not b
   static mask either(mask a, mask b) { return a | b; }
-  static bool any(mask m) { return m; }
   static int count(mask m) { return __builtin_popcount(m); }
   static vec select(mask m, vec a, vec b) { return _mm512_mask_mov_ps(b, m, a); }  // m ? a : b
 

@@ -66,7 +66,6 @@ struct simd {
   static mask less(vec a, vec b) { return a < b; }
   static mask andnot(mask a, mask b) { return a & ~b; }
   static mask either(mask a, mask b) { return a | b; }
-  static bool any(mask m) { return m[0] | m[1] | m[2] | m[3]; }
   static int count(mask m) { return -(m[0] + m[1] + m[2] + m[3]); }
   static vec select(mask m, vec a, vec b) { return m ? a : b; }
 
