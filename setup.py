@@ -24,11 +24,13 @@ HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.*h"))
 CXX_FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-g0"]
 CPU_FLAGS = [*CXX_FLAGS, "-fopenmp", "-fno-math-errno"]
 X86 = re.search("x86_64|amd64", sysconfig.get_platform()) is not None
+AVX512_FLAGS = ["-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mprefer-vector-width=512"]
 # No -march=native: a wheel must run on any machine; Python loads the best of these that the CPU has.
 ISA_FLAGS = {
     "baseline": ["-march=x86-64-v2"] if X86 else [],
     "avx2": ["-march=x86-64-v3"],
-    "avx512": ["-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mprefer-vector-width=512"],
+    "avx512": AVX512_FLAGS,
+    "amx": [*AVX512_FLAGS, "-mamx-tile", "-mamx-bf16"],
 }
 CUDA_ARCHITECTURES = ("80", "90a", "100")
 

@@ -15,11 +15,13 @@ from limber_fast.dispatch import BackendUnavailable
 
 ISA_VARIABLE = "LIMBER_FAST_CPU_ISA"
 
+_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "avx512bf16")
 # Slowest first: the CPU features that each module's compiler flags rely on.
 ISA_FEATURES: dict[str, tuple[str, ...]] = {
     "baseline": (),
     "avx2": ("avx2", "fma", "f16c"),
-    "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "avx512bf16"),
+    "avx512": _AVX512,
+    "amx": (*_AVX512, "amx_tile", "amx_bf16"),
 }
 
 

@@ -1,5 +1,12 @@
 // pybind11 bindings of the CPU kernels: raw pointers, sizes and strides. Built once per instruction set; see setup.py.
 #include <pybind11/pybind11.h>
+#if defined(__x86_64__) || defined(__i386__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "../cpu/ceilings.h"
 #include "../cpu/info_nce.h"
@@ -30,6 +37,17 @@ py::dict cpu_features() {
       LIMBER_FEATURE(avx512vl), LIMBER_FEATURE(avx512dq);
   LIMBER_FEATURE(avx512vnni), LIMBER_FEATURE(avx512bf16);
 #undef LIMBER_FEATURE
+  bool amx_tile = false, amx_bf16 = false;
+#if defined(__linux__)
+  unsigned a, b, c, bits;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &bits)) {
+    // Linux hands out tile registers on request, once per process; a kernel without AMX refuses.
+    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+    amx_tile = (bits >> 24 & 1) && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+    amx_bf16 = amx_tile && (bits >> 22 & 1);
+  }
+#endif
+  d["amx_tile"] = amx_tile, d["amx_bf16"] = amx_bf16;
 #endif
   return d;
 }

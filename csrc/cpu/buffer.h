@@ -14,8 +14,8 @@ namespace limber {
 
 constexpr int64_t HUGE_PAGE = int64_t(2) << 20;
 
-inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline void advise_huge_pages(void* p, int64_t bytes) {
 #if defined(__linux__)

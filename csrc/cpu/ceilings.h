@@ -15,7 +15,7 @@ inline double seconds() {
 template <int KIND>
 __attribute__((noinline)) double peak_run(int64_t iterations) {
   const double start = seconds();
-#if defined(LIMBER_ISA_AVX512)
+#if defined(LIMBER_BF16_PAIRS)
 #define LIMBER_OP(i) "vfmadd231ps %%zmm30, %%zmm31, %%zmm" #i "\n\t"
 #define LIMBER_DOT(i) "vdpbf16ps %%zmm30, %%zmm31, %%zmm" #i "\n\t"
 #define LIMBER_24(F) \
@@ -58,6 +58,20 @@ __attribute__((noinline)) double peak_run(int64_t iterations) {
   return iterations * flop / (seconds() - start);
 }
 
+#if defined(LIMBER_ISA_AMX)
+inline double tile_peak(int64_t iterations) {
+  const TileSession session;
+  const double start = seconds();
+  for (int64_t k = 0; k < iterations; k++) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  return iterations * 4 * 16 * 16 * 32 * 2 / (seconds() - start);
+}
+#endif
+
 struct Peaks {
   double fp32, bf16;
 };
@@ -70,7 +84,9 @@ inline Peaks cpu_peaks(int threads) {
 #pragma omp parallel num_threads(threads) reduction(+ : f, b)
     {
       f += peak_run<0>(100000);
-#if defined(LIMBER_ISA_AVX512)
+#if defined(LIMBER_ISA_AMX)
+      b += tile_peak(100000);
+#elif defined(LIMBER_ISA_AVX512)
       b += peak_run<1>(100000);
 #endif
     }

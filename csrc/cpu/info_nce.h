@@ -8,7 +8,7 @@ namespace limber {
 // bf16 products run natively where the instruction set has them; all else is widened to fp32 when packed.
 template <class F>
 void with_arithmetic([[maybe_unused]] Dtype dtype, F f) {
-#if defined(LIMBER_ISA_AVX512)
+#if defined(LIMBER_BF16_PAIRS)
   if (dtype == Dtype::bf16) return f(BF16{});
 #endif
   f(F32{});

@@ -21,7 +21,7 @@ constexpr int64_t GRADIENT_BUDGET = int64_t(128)
 template <class Op>
 class InfoNceBackward {
   using B = Blocks<Op>;
-  static constexpr int NB = B::NB, MB = B::MB, LDS = B::LDS, LDN = B::LDN, LDP = B::LDP, P = Op::P;
+  static constexpr int NB = B::NB, MB = B::MB, LDS = B::LDS, LDN = B::LDN, LDP = B::LDP, P = Op::P, MR = Op::MR;
   enum Source { SHARED, CACHED, SEPARATE };  // where E comes from: x under one shift, the cache, or two exponentials
 
  public:
@@ -31,7 +31,7 @@ class InfoNceBackward {
         negatives(p),
         cache(p),
         logits(log2_scale(p)),
-        Kd(ceil_div(p.D, P)),
+        Kd(dwords<Op>(p.D)),
         Dp(round_up(p.D, NR)),
         direct(p.dtype == Dtype::f32),
         super(cols.super_block(p.D * (direct   ? 8
@@ -58,7 +58,7 @@ class InfoNceBackward {
     const int64_t width = super * cols.NB, mb_max = std::min<int64_t>(MB, round_up(p.N, MR));
     Buffer<float> norms(p.normalize ? p.N + p.M + p.K : 0), text_t(recompute ? width * Kd : 0),
         text_n(want_rows ? (width / P) * Dp : 0), image_t(recompute ? mb_max * Kd : 0);
-    Buffer<float> image_n(want_cols ? ceil_div(mb_max, P) * Dp : 0), ds(mb_max * LDN + NR),
+    Buffer<float> image_n(want_cols ? dwords<Op>(mb_max) * Dp : 0), ds(mb_max * LDN + NR),
         ds_pairs(P == 2 && want_cols ? (mb_max / 2) * LDP + NR : 0);
     Buffer<float> row_acc(want_rows && !direct ? (halved ? mb_max : std::min(open_rows, p.N)) * p.D : 0),
         col_acc(want_cols && !direct ? width * p.D : 0);
@@ -77,6 +77,7 @@ class InfoNceBackward {
 
 #pragma omp parallel num_threads(p.threads)
     {
+      [[maybe_unused]] const typename Op::Session session;
       float *strip = scratch + omp_get_thread_num() * per_thread(), *a = strip + MR * LDS, *b = a + round_up(MB, 16);
       if (p.normalize) {
         row_norms(images, norms);
@@ -93,12 +94,12 @@ class InfoNceBackward {
               const int64_t j0 = cols.begin(k), j1 = j0 + cols.size(k), at = (k - b0) * cols.NB;
               if (recompute) pack_transposed<Op, NR>(texts, j0, j1, text_t + at * Kd);
               for (int64_t d = 0; want_rows && d < Dp; d += NR)
-                pack_natural<Op>(texts, j0, j1, d, text_n + at / P * Dp + d * ceil_div(j1 - j0, P));
+                pack_natural<Op>(texts, j0, j1, d, text_n + at / P * Dp + d * dwords<Op>(j1 - j0));
             }
             packed = b0;
           }
           for (int64_t i0 = r0; i0 < r1; i0 += MB) {
-            const int64_t mb = std::min<int64_t>(MB, r1 - i0), Ki = ceil_div(mb, P), first = halved ? i0 : r0;
+            const int64_t mb = std::min<int64_t>(MB, r1 - i0), Ki = dwords<Op>(mb), first = halved ? i0 : r0;
             if (halved && b0 > 0) {
 #pragma omp for schedule(static) nowait
               for (int64_t i = i0; i < i0 + mb; i++)
@@ -106,12 +107,12 @@ class InfoNceBackward {
             }
 #pragma omp for schedule(dynamic, 4) nowait
             for (int64_t i = 0; i < (recompute ? mb : 0); i += MR)
-              pack_transposed<Op, MR>(images, i0 + i, i0 + std::min(i + MR, mb), image_t + i * Kd);
+              pack_rows<Op>(images, i0 + i, i0 + std::min<int64_t>(i + MR, mb), image_t + i * Kd);
 #pragma omp for schedule(dynamic, 1)
             for (int64_t d = 0; d < (want_cols ? Dp : 0); d += NR)
               pack_natural<Op>(images, i0, i0 + mb, d, image_n + d * Ki);
             for (int64_t k = b0; k < b1; k++) {
-              const int64_t j0 = cols.begin(k), nb = cols.size(k), at = (k - b0) * cols.NB, Kj = ceil_div(nb, P);
+              const int64_t j0 = cols.begin(k), nb = cols.size(k), at = (k - b0) * cols.NB, Kj = dwords<Op>(nb);
               const Weights w(*this, a, b, i0, mb, j0, nb);
 #pragma omp for schedule(dynamic, 1)
               for (int64_t i = 0; i < mb; i += MR) {
@@ -119,7 +120,7 @@ class InfoNceBackward {
                 ds_strip(out, (int)std::min<int64_t>(MR, mb - i), i, k, image_t + i * Kd, text_t + at * Kd, w);
                 if constexpr (P == 2)
                   round_strip(out, (int)std::min<int64_t>(MR, mb - i), nb, ds + i * LDN,
-                              want_cols ? ds_pairs + i / 2 * LDP : nullptr);
+                              want_cols ? ds_pairs + (Op::TILES ? i * MR / 2 : i / 2 * LDP) : nullptr, mb_max / 2);
               }
               if (want_rows)
 #pragma omp for schedule(dynamic, 1) nowait
@@ -133,7 +134,8 @@ class InfoNceBackward {
 #pragma omp for schedule(dynamic, 1)
               for (int64_t j = 0; j < (want_cols && gradient_of(j0) ? nb : 0); j += MR)
                 for (int64_t d = 0; d < p.D; d += NR)
-                  gemm_tile<Op, 1, LDP>((int)std::min<int64_t>(MR, nb - j), Ki, (P == 1 ? ds : ds_pairs) + j,
+                  gemm_tile<Op, 1, LDP>((int)std::min<int64_t>(MR, nb - j), Ki,
+                                          (P == 1 ? ds : ds_pairs) + (Op::TILES ? j * (mb_max / 2) : j),
                                         image_n + d * Ki, col_out(j0 + j, at + j) + d, p.D, p.D - d, i0 > 0);
             }
             if (halved) {
@@ -331,24 +333,35 @@ class InfoNceBackward {
     }
   }
 
-  // fp32 dS -> bf16 twice: pairs along columns (d_image) and pairs of rows (d_text).
-  void round_strip(const float* strip, int R, int64_t nb, float* by_rows, float* by_pairs) const {
-#if defined(LIMBER_ISA_AVX512)
-    for (int r = 0; r < R; r += 2)
-      for (int64_t j = 0; j < nb; j += NR) {
-        auto pairs = [&](int q) {
-          return q < R ? simd::round_pairs(simd::load(strip + q * LDS + j), simd::load(strip + q * LDS + j + simd::W))
-                       : simd::zero();
-        };
-        const simd::vec x = pairs(r), y = pairs(r + 1);
-        simd::store(by_rows + r * LDN + j / 2, x);
-        if (r + 1 < R) simd::store(by_rows + (r + 1) * LDN + j / 2, y);
-        if (!by_pairs) continue;
-        simd::vec lo, hi;
-        simd::zip_rows(x, y, lo, hi);
-        simd::store(by_pairs + r / 2 * LDP + j, lo);
-        simd::store(by_pairs + r / 2 * LDP + j + simd::W, hi);
+  // fp32 dS -> bf16 twice, as the A of either product: for d_image by rows, pairs along columns; for d_text pairs of rows,
+  // [pair][column], or for AMX panels of 32 columns, `panel_rows` = MB / 2 pairs each.
+  void round_strip(const float* strip, int R, int64_t nb, float* by_rows, float* by_pairs,
+                   [[maybe_unused]] int64_t panel_rows) const {
+#if defined(LIMBER_BF16_PAIRS)
+    auto pairs = [&](int r, int64_t j) {
+      return r < R ? simd::round_pairs(simd::load(strip + r * LDS + j), simd::load(strip + r * LDS + j + simd::W))
+                   : simd::zero();
+    };
+    for (int64_t j = 0; j < nb; j += NR) {
+      simd::vec lo[MR / 2], hi[MR / 2];
+      for (int r = 0; r < (Op::TILES ? MR : R); r += 2) {
+        const simd::vec x = pairs(r, j), y = pairs(r + 1, j);
+        float* out = by_rows + (Op::TILES ? j * MR / 2 + r * simd::W : r * LDN + j / 2);
+        simd::store(out, x);
+        if (Op::TILES || r + 1 < R) simd::store(out + (Op::TILES ? simd::W : LDN), y);
+        simd::zip_rows(x, y, lo[r / 2], hi[r / 2]);
+        if (Op::TILES || !by_pairs) continue;
+        simd::store(by_pairs + r / 2 * LDP + j, lo[r / 2]);
+        simd::store(by_pairs + r / 2 * LDP + j + simd::W, hi[r / 2]);
       }
+      if constexpr (Op::TILES) {
+        if (!by_pairs) continue;
+        simd::transpose(lo), simd::transpose(hi);
+        float* out = by_pairs + j * panel_rows;
+        for (int c = 0; c < simd::W; c++, out += simd::W)
+          simd::store(out, lo[c]), simd::store(out + MR / 2 * simd::W, hi[c]);
+      }
+    }
 #endif
   }
 

@@ -15,12 +15,13 @@ namespace limber {
 
 template <class Op>
 struct Blocks {
+  static constexpr int MR = Op::MR;
   static constexpr int NB = 224;  // columns: a packed text block of D = 512 fp32 is 448 KiB, half of L2
-  static constexpr int MB = Op::P == 1 ? 504 : 1008;  // rows of a backward block: dS is 472 KiB, the other half
+  static constexpr int MB = Op::P == 1 ? 504 : Op::TILES ? 1024 : 1008;  // rows of a backward block: dS is 472 KiB, the other half
   static constexpr int LDS = NB + 16;          // strip stride: 960 bytes keeps 14 rows out of each other's L1 sets
-  static constexpr int LDN = NB / Op::P + 16;  // dS by rows, in dwords
+  static constexpr int LDN = NB / Op::P + (Op::TILES ? 0 : 16);  // dS by rows, in dwords; AMX: of a panel of 32
   static constexpr int LDP = Op::P == 1 ? LDN : NB + 16;  // dS by row pairs (bf16)
-  static constexpr int CHUNK = 126 / MR * MR;             // rows of a forward task
+  static constexpr int CHUNK = (Op::TILES ? 128 : 126) / MR * MR;             // rows of a forward task
   static constexpr int GROUP = 32;                        // forward tasks between two merges of their column sums
   static_assert(NB % NR == 0 && MB % MR == 0 && (Op::P == 1 || MR % 2 == 0), "blocks are whole tiles");
 };
@@ -114,6 +115,7 @@ struct Negatives {
 template <class Op>
 struct TileCache {
   using elem = std::conditional_t<Op::P == 1, float, uint16_t>;
+  static constexpr int MR = Op::MR;
   static constexpr int64_t TILE = int64_t(MR) * Blocks<Op>::NB;
   int64_t strips_per_block, strips;
   float* shifts;
@@ -153,10 +155,18 @@ struct TileCache {
 template <class Op>
 static void dot_strip(float* strip, int R, int64_t Kd, const float* A, const float* B, int64_t nb) {
   constexpr int64_t CHAIN = 128;
-  for (int64_t j = 0; j < nb; j += NR)
+  constexpr int MR = Op::MR;
+  auto product = [&](int64_t j, int64_t k) {
+    gemm_tile<Op, 1, MR>(R, std::min(CHAIN, Kd - k), A + k * MR, B + j * Kd + k * NR, strip + j, Blocks<Op>::LDS, NR,
+                         k > 0);
+  };
+  if constexpr (Op::TILES) {  // a chain's part of A, 16 KiB, stays in L1 while B streams past
     for (int64_t k = 0; k < Kd; k += CHAIN)
-      gemm_tile<Op, 1, MR>(R, std::min(CHAIN, Kd - k), A + k * MR, B + j * Kd + k * NR, strip + j, Blocks<Op>::LDS, NR,
-                           k > 0);
+      for (int64_t j = 0; j < nb; j += NR) product(j, k);
+  } else {
+    for (int64_t j = 0; j < nb; j += NR)
+      for (int64_t k = 0; k < Kd; k += CHAIN) product(j, k);
+  }
 }
 
 inline void row_norms(const Rows& rows, float* out) {

@@ -62,7 +62,7 @@ struct Extras {
 template <class Op>
 class InfoNceForward {
   using B = Blocks<Op>;
-  static constexpr int NB = B::NB, LDS = B::LDS;
+  static constexpr int NB = B::NB, LDS = B::LDS, MR = Op::MR;
   // Sums of 2^(x - shift) are exact to fp32 while no row's or column's own maximum lies 90 bits below the shared shift.
   static constexpr float SPAN = 90.f;
 
@@ -74,7 +74,7 @@ class InfoNceForward {
         cache(p),
         alpha(log2_scale(p)),
         logits(alpha),
-        Kd(ceil_div(p.D, Op::P)),
+        Kd(dwords<Op>(p.D)),
         chunk(std::min<int64_t>(round_up(ceil_div(p.N, 16), MR), B::CHUNK)) {}
 
   void run() {
@@ -100,6 +100,7 @@ class InfoNceForward {
 
 #pragma omp parallel num_threads(p.threads)
     {
+      [[maybe_unused]] const typename Op::Session session;
       float* mine = scratch + omp_get_thread_num() * per_thread();
       if (p.normalize) {
         row_norms(images, norms);
@@ -147,7 +148,7 @@ class InfoNceForward {
   void task(int64_t i0, int64_t i1, int64_t b0, int64_t b1, Sums row, Sums col, Extras row_x, Extras col_x,
             float* scratch) {
     float *strip = scratch, *csum = strip + MR * LDS, *cxsum = csum + NB, *A = cxsum + NB;
-    pack_transposed<Op, MR>(images, i0, i1, A);
+    pack_rows<Op>(images, i0, i1, A);
     for (int64_t b = b0; b < b1; b++) {
       const int64_t j0 = cols.begin(b), nb = cols.size(b), at = (b - b0) * cols.NB;
       float shift = NAN;
@@ -257,7 +258,7 @@ class InfoNceForward {
   template <bool WHOLE>
   void shared_sums(const float* strip, int R, int64_t i, int64_t j0, int64_t nb, float shift, Sums row, float* csum,
                    float* cxsum, typename TileCache<Op>::elem* tile) const {
-    constexpr int H = MR / 2;  // row sums of half a strip stay in registers
+    constexpr int H = Op::TILES ? 8 : MR / 2;  // row sums of so many rows stay in registers
     int r = 0;
     for (; r + H <= R; r += H) shared_rows<WHOLE, H>(strip, r, i + r, j0, nb, shift, row, csum, cxsum, tile);
     for (; r < R; r++) shared_rows<WHOLE, 1>(strip, r, i + r, j0, nb, shift, row, csum, cxsum, tile);

@@ -6,21 +6,40 @@
 #include "../params/info_nce.h"
 #include "buffer.h"
 #include "simd.h"
+#include "tile_amx.h"
 
 namespace limber {
 
 // What a register-tile product multiplies. A 'dword' is its unit along k: one float, or two bf16 neighbours for
 // vdpbf16ps.
 struct F32 {
-  static constexpr int P = 1, EXP2_DEGREE = 6;  // 2e-9
+  static constexpr int P = 1, EXP2_DEGREE = 6;            // 2e-9
+  static constexpr int MR = simd::MR, K_STEP = 1;         // rows of a register tile; dwords that k is padded to
+  static constexpr bool TILES = false;                    // the register tile is made of vectors, not of AMX tiles
+  struct Session {};                                      // what a thread holds while it multiplies
   static simd::vec madd(simd::vec c, simd::vec a, simd::vec b) { return simd::fma(a, b, c); }
 };
-#if defined(LIMBER_ISA_AVX512)
+#if defined(LIMBER_BF16_PAIRS)
 struct BF16 {
   static constexpr int P = 2, EXP2_DEGREE = 4;  // 3e-6, a thousandth of bf16's own step
+#if defined(LIMBER_ISA_AMX)
+  static constexpr int MR = 32, K_STEP = 16;  // tile_amx.h
+  static constexpr bool TILES = true;
+  using Session = TileSession;
+#else
+  static constexpr int MR = simd::MR, K_STEP = 1;
+  static constexpr bool TILES = false;
+  struct Session {};
+#endif
   static simd::vec madd(simd::vec c, simd::vec a, simd::vec b) { return simd::dot_pairs(c, a, b); }
 };
 #endif
+
+// Dwords that `n` neighbours along k take in a packed operand.
+template <class Op>
+constexpr int64_t dwords(int64_t n) {
+  return round_up(ceil_div(n, Op::P), Op::K_STEP);
+}
 
 inline int64_t size_of(Dtype t) { return t == Dtype::f32 ? 4 : 2; }
 
@@ -57,7 +76,7 @@ struct Rows {
       simd::vec v = load_as_float(dtype, row(i), d, D - d);
       return norm ? simd::div(v, simd::set1(norm[i])) : v;
     }
-#if defined(LIMBER_ISA_AVX512)
+#if defined(LIMBER_BF16_PAIRS)
     else {
       simd::vec v = simd::load_pairs((const uint16_t*)row(i) + d, D - d);
       return norm ? simd::divide_pairs(v, simd::set1(norm[i])) : v;

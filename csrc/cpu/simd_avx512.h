@@ -1,4 +1,5 @@
-// AVX-512 (F, BW, VL, DQ, VNNI, BF16): 16 floats, real mask registers, native bf16 pair products.
+// AVX-512 (F, BW, VL, DQ, VNNI, BF16): 16 floats, real mask registers, native bf16 pair products. The AMX build takes
+// all but its bf16 products from here.
 #pragma once
 #include <immintrin.h>
 
@@ -12,7 +13,11 @@ struct simd {
   static constexpr int W = 16;  // floats in a vector
   static constexpr int MR =
       14;  // rows of the register tile: 14 x 2 accumulators + 2 of B + 1 broadcast = 31 of 32 registers
+#if defined(LIMBER_ISA_AMX)
+  static constexpr const char* name = "amx";
+#else
   static constexpr const char* name = "avx512";
+#endif
 
   static vec zero() { return _mm512_setzero_ps(); }
   static vec set1(float x) { return _mm512_set1_ps(x); }

@@ -4,7 +4,7 @@
 //   packed A panel [k][MR]        row stride 1,   k stride MR
 //   row-major tile read in place  row stride ld,  k stride 1
 //   its transpose read in place   row stride 1,   k stride ld
-// B is a packed panel [k][NR]. MR x NR is 14 x 32 on AVX-512, 6 x 16 on AVX2. Strides are in dwords (see rows.h).
+// B is a packed panel [k][NR]. MR x NR is 14 x 32 on AVX-512, 6 x 16 on AVX2, 32 x 32 on AMX. Strides are in dwords (see rows.h).
 #pragma once
 #include <algorithm>
 
@@ -12,7 +12,7 @@
 
 namespace limber {
 
-constexpr int MR = simd::MR, NR = 2 * simd::W;
+constexpr int NR = 2 * simd::W;
 
 // C is read and written in full vectors; gemm_tile gives the ragged edge a private tile.
 template <class Op, int R, int RS, int KS, bool ACC>
@@ -49,7 +49,7 @@ static inline __attribute__((always_inline)) void micro(int64_t K, const float* 
 template <class Op, int RS, int KS, bool ACC>
 static __attribute__((noinline)) void micro_rows(int R, int64_t K, const float* A, const float* B, float* C,
                                                  int64_t ldc) {
-  if (R == MR) return micro<Op, MR, RS, KS, ACC>(K, A, B, C, ldc);
+  if (R == Op::MR) return micro<Op, Op::MR, RS, KS, ACC>(K, A, B, C, ldc);
   for (; R >= 4; R -= 4, A += 4 * RS, C += 4 * ldc) micro<Op, 4, RS, KS, ACC>(K, A, B, C, ldc);
   for (; R >= 1; R -= 1, A += RS, C += ldc) micro<Op, 1, RS, KS, ACC>(K, A, B, C, ldc);
 }
@@ -58,10 +58,13 @@ static __attribute__((noinline)) void micro_rows(int R, int64_t K, const float* 
 template <class Op, int RS, int KS>
 static inline void gemm_tile(int R, int64_t K, const float* A, const float* B, float* C, int64_t ldc, int64_t cols,
                              bool accumulate) {
+#if defined(LIMBER_ISA_AMX)
+  if constexpr (Op::TILES) return tile_gemm(R, K, A, B, C, ldc, cols, accumulate);
+#endif
   if (cols >= NR)
     return accumulate ? micro_rows<Op, RS, KS, true>(R, K, A, B, C, ldc)
                       : micro_rows<Op, RS, KS, false>(R, K, A, B, C, ldc);
-  alignas(64) float edge[MR * NR];
+  alignas(64) float edge[Op::MR * NR];
   micro_rows<Op, RS, KS, false>(R, K, A, B, edge, NR);
   for (int r = 0; r < R; r++)
     for (int64_t j = 0; j < cols; j++) C[r * ldc + j] = edge[r * NR + j] + (accumulate ? C[r * ldc + j] : 0.f);
@@ -72,7 +75,7 @@ static inline void gemm_tile(int R, int64_t K, const float* A, const float* B, f
 template <class Op, int WIDTH>
 static void pack_transposed(const Rows& rows, int64_t begin, int64_t end, float* dst) {
   constexpr int W = simd::W;
-  const int64_t Kd = ceil_div(rows.D, Op::P);
+  const int64_t Kd = dwords<Op>(rows.D);
   for (int64_t p = begin; p < end; p += WIDTH, dst += Kd * WIDTH)
     for (int h = 0; h < WIDTH; h += W)
       for (int64_t k = 0; k < Kd; k += W) {
@@ -83,16 +86,28 @@ static void pack_transposed(const Rows& rows, int64_t begin, int64_t end, float*
       }
 }
 
+// What a register tile reads as A: panels of MR rows, transposed, or AMX's [step][half][16][16] (tile_amx.h).
+template <class Op>
+static void pack_rows(const Rows& rows, int64_t begin, int64_t end, float* dst) {
+  if constexpr (!Op::TILES)
+    return pack_transposed<Op, Op::MR>(rows, begin, end, dst);
+  else
+    for (int64_t p = begin; p < end; p += Op::MR)
+      for (int64_t d = 0; d < rows.D; d += Op::P * Op::K_STEP)
+        for (int r = 0; r < Op::MR; r++, dst += simd::W) simd::store(dst, rows.load<Op>(p + r, end, d));
+}
+
 // Natural panel: dst[k][NR] dwords for features d .. d+NR-1 of rows begin .. end-1; k is a row, or a pair of rows for
 // bf16.
 template <class Op>
 static void pack_natural(const Rows& rows, int64_t begin, int64_t end, int64_t d, float* dst) {
   constexpr int W = simd::W;
-  for (int64_t i = begin; i < end; i += Op::P, dst += NR) {
+  const int64_t padded = begin + dwords<Op>(end - begin) * Op::P;
+  for (int64_t i = begin; i < padded; i += Op::P, dst += NR) {
     if constexpr (Op::P == 1)
       for (int h = 0; h < 2; h++)
         simd::store(dst + h * W, d + h * W < rows.D ? rows.load<Op>(i, end, d + h * W) : simd::zero());
-#if defined(LIMBER_ISA_AVX512)
+#if defined(LIMBER_BF16_PAIRS)
     else {
       simd::vec lo, hi;
       simd::zip_rows(rows.load<Op>(i, end, d), rows.load<Op>(i + 1, end, d), lo, hi);
