@@ -16,12 +16,12 @@ namespace limber {
 template <class Op>
 struct Blocks {
   static constexpr int MR = Op::MR;
-  static constexpr int NB = 224;  // columns: a packed text block of D = 512 fp32 is 448 KiB, half of L2
-  static constexpr int MB = Op::P == 1 ? 504 : Op::TILES ? 1024 : 1008;  // rows of a backward block: dS is 472 KiB, the other half
+  static constexpr int NB = Op::TILES ? 384 : 224;  // columns: a packed text block of D = 512 fp32 is 448 KiB, half of L2
+  static constexpr int MB = Op::P == 1 ? 504 : Op::TILES ? 512 : 1008;  // rows of a backward block: dS is 472 KiB, the other half
   static constexpr int LDS = NB + 16;          // strip stride: 960 bytes keeps 14 rows out of each other's L1 sets
   static constexpr int LDN = NB / Op::P + (Op::TILES ? 0 : 16);  // dS by rows, in dwords; AMX: of a panel of 32
   static constexpr int LDP = Op::P == 1 ? LDN : NB + 16;  // dS by row pairs (bf16)
-  static constexpr int CHUNK = (Op::TILES ? 128 : 126) / MR * MR;             // rows of a forward task
+  static constexpr int CHUNK = Op::TILES ? 512 : 126 / MR * MR;             // rows of a forward task
   static constexpr int GROUP = 32;                        // forward tasks between two merges of their column sums
   static_assert(NB % NR == 0 && MB % MR == 0 && (Op::P == 1 || MR % 2 == 0), "blocks are whole tiles");
 };
@@ -150,23 +150,14 @@ struct TileCache {
   }
 };
 
-// strip[R x nb] = A panel . B block. K goes in chunks of 128 dwords: one chain over D = 512 has twice the rounding
-// error of eager.
+// strip[R x nb] = A panel . B block. On AMX tiles in parts of k, so that A's, 16 KiB, stays in L1 while B streams past.
 template <class Op>
 static void dot_strip(float* strip, int R, int64_t Kd, const float* A, const float* B, int64_t nb) {
-  constexpr int64_t CHAIN = 128;
-  constexpr int MR = Op::MR;
-  auto product = [&](int64_t j, int64_t k) {
-    gemm_tile<Op, 1, MR>(R, std::min(CHAIN, Kd - k), A + k * MR, B + j * Kd + k * NR, strip + j, Blocks<Op>::LDS, NR,
-                         k > 0);
-  };
-  if constexpr (Op::TILES) {  // a chain's part of A, 16 KiB, stays in L1 while B streams past
-    for (int64_t k = 0; k < Kd; k += CHAIN)
-      for (int64_t j = 0; j < nb; j += NR) product(j, k);
-  } else {
+  const int64_t part = Op::TILES ? 128 : Kd;
+  for (int64_t k = 0; k < Kd; k += part)
     for (int64_t j = 0; j < nb; j += NR)
-      for (int64_t k = 0; k < Kd; k += CHAIN) product(j, k);
-  }
+      gemm_tile<Op, 1, Op::MR>(R, std::min(part, Kd - k), A + k * Op::MR, B + j * Kd + k * NR, strip + j,
+                               Blocks<Op>::LDS, NR, k > 0);
 }
 
 inline void row_norms(const Rows& rows, float* out) {
