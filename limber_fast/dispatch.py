@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -68,13 +69,18 @@ def preferred(backend: str) -> str:
     return "auto"
 
 
+@cache
+def _backend_module(name: str) -> ModuleType:
+    return import_module(f"limber_fast.backends.{name}")
+
+
 def _load(op: str, request: Any, backend: str) -> tuple[ModuleType | None, str]:
     """The backend's module if it can serve the request, else None and the reason."""
     if backend not in ORDER.get(request.device.type, ("eager",)):
         homes = " or ".join(device for device, order in ORDER.items() if backend in order)
         return None, f"runs on {homes} tensors; got {request.device.type}"
     try:
-        module = import_module(f"limber_fast.backends.{backend}")
+        module = _backend_module(backend)
         reason = getattr(module, f"{op}_supports")(request)
     except BackendUnavailable as unavailable:  # a native module that is missing, or an override it cannot satisfy
         return None, str(unavailable)

@@ -96,7 +96,7 @@ def test_best_instruction_set_is_chosen_and_each_can_be_forced(tmp_path):
 
 def test_unknown_instruction_set_names_the_known_ones(monkeypatch):
     monkeypatch.setenv(native.ISA_VARIABLE, "sse9")
-    with pytest.raises(BackendUnavailable, match="must be one of baseline, avx2, avx512; got 'sse9'"):
+    with pytest.raises(BackendUnavailable, match="must be one of baseline, avx2, avx512, amx; got 'sse9'"):
         native.cpu()
 
 
@@ -116,7 +116,7 @@ def test_old_cpu_gets_the_baseline(tmp_path):
 def test_module_that_was_not_built_is_an_error_at_the_call_with_its_remedy(tmp_path):
     code = """
 import sys
-sys.modules.update({f"limber_fast._cpu_{isa}": None for isa in ("baseline", "avx2", "avx512")})
+sys.modules.update({f"limber_fast._cpu_{isa}": None for isa in ("baseline", "avx2", "avx512", "amx")})
 from limber_fast import native
 try: native.cpu()
 except native.BackendUnavailable as error: print(error)

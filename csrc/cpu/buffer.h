@@ -27,8 +27,8 @@ inline void advise_huge_pages(void* p, int64_t bytes) {
 #endif
 }
 
-// Blocks of memory on their way from one buffer to the next of the same size: fresh pages and their faults cost half of a
-// step of a few milliseconds (N = 512, D = 2048 in bf16). At most 64 MiB wait, in at most 16 blocks.
+// Blocks of memory on their way from one buffer to the next of the same size: fresh pages and their faults cost half of
+// a step of a few milliseconds (N = 512, D = 2048 in bf16). At most 64 MiB wait, in at most 16 blocks.
 class Pool {
  public:
   static void* take(int64_t bytes) {

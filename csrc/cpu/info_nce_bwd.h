@@ -135,8 +135,8 @@ class InfoNceBackward {
               for (int64_t j = 0; j < (want_cols && gradient_of(j0) ? nb : 0); j += MR)
                 for (int64_t d = 0; d < p.D; d += NR)
                   gemm_tile<Op, 1, LDP>((int)std::min<int64_t>(MR, nb - j), Ki,
-                                          (P == 1 ? ds : ds_pairs) + (Op::TILES ? j * (mb_max / 2) : j),
-                                        image_n + d * Ki, col_out(j0 + j, at + j) + d, p.D, p.D - d, i0 > 0);
+                                        (P == 1 ? ds : ds_pairs) + (Op::TILES ? j * (mb_max / 2) : j), image_n + d * Ki,
+                                        col_out(j0 + j, at + j) + d, p.D, p.D - d, i0 > 0);
             }
             if (halved) {
 #pragma omp for schedule(static)
@@ -333,8 +333,8 @@ class InfoNceBackward {
     }
   }
 
-  // fp32 dS -> bf16 twice, as the A of either product: for d_image by rows, pairs along columns; for d_text pairs of rows,
-  // [pair][column], or for AMX panels of 32 columns, `panel_rows` = MB / 2 pairs each.
+  // fp32 dS -> bf16 twice, as the A of either product: for d_image by rows, pairs along columns; for d_text pairs of
+  // rows, [pair][column], or for AMX panels of 32 columns, `panel_rows` = MB / 2 pairs each.
   void round_strip(const float* strip, int R, int64_t nb, float* by_rows, float* by_pairs,
                    [[maybe_unused]] int64_t panel_rows) const {
 #if defined(LIMBER_BF16_PAIRS)

@@ -10,8 +10,17 @@
 
 namespace limber {
 
+// 2^n for an integer n <= 0.
+inline float exp2_integer(float n) {
+  if (!(n >= -126.f)) return exp2f(n);
+  const uint32_t bits = (uint32_t)((int)n + 127) << 23;
+  float p;
+  std::memcpy(&p, &bits, 4);
+  return p;
+}
+
 // sum 2^(x - shift) and sum 2^(x - shift) (x - shift); the second gives d lse / d scale around the maximum, free of
-// common offsets.
+// common offsets. Shifts are integers.
 struct Sums {
   float *shift, *sum, *xsum;
   Sums at(int64_t k) const { return {shift + k, sum + k, xsum + k}; }
@@ -25,18 +34,18 @@ struct Sums {
       M = m, S = s, X = x;
     } else {
       if (m > M) {
-        float g = exp2f(M - m);
+        float g = exp2_integer(M - m);
         X = g == 0.f ? 0.f : (X + S * (M - m)) * g;
         S *= g;
         M = m;
       } else if (m < M) {
-        float g = exp2f(m - M);
+        float g = exp2_integer(m - M);
         x = g == 0.f ? 0.f : (x + s * (m - M)) * g;
         s *= g;
       }
       S += s, X += x;
     }
-    if (!(S > 1e-10f && S < 1e10f) && S > 0.f && S < INFINITY) {
+    if (!(S > LEAST && S < MOST) && S > 0.f && S < INFINITY) {
       int e;
       float S0 = S;
       S = frexpf(S, &e);
@@ -44,6 +53,35 @@ struct Sums {
       M += e;
     }
     shift[i] = M, sum[i] = S, xsum[i] = X;
+  }
+  // The same for 0 .. n-1, a vector at a time: one by one they were half of the forward at N = 256, D = 64.
+  void merge(int64_t n, const Sums& other) const {
+    for (int64_t j = 0; j < n; j += simd::W)
+      if (n - j < simd::W || !merge_vector(at(j), other.at(j)))
+        for (int64_t i = j; i < std::min(n, j + simd::W); i++) merge(i, other.shift[i], other.sum[i], other.xsum[i]);
+  }
+
+ private:
+  static constexpr float LEAST = 1e-10f, MOST = 1e10f;  // sums beyond are rescaled
+  // False, and nothing done, where a lane is to be rescaled, has a huge shift, or is not finite.
+  static bool merge_vector(const Sums& a, const Sums& b) {
+    const simd::vec s = simd::loadu(b.sum), S = simd::loadu(a.sum), zero = simd::zero();
+    const simd::mask some = simd::less(zero, s), had = simd::less(zero, S);
+    const simd::vec m = simd::loadu(b.shift), M = simd::select(had, simd::loadu(a.shift), m), hi = simd::max(M, m);
+    const simd::vec dM = simd::sub(M, hi), dm = simd::sub(m, hi), one = simd::set1(1.f);
+    const simd::vec G = simd::ldexp(one, dM), g = simd::ldexp(one, dm);
+    const simd::vec sum = simd::fma(S, G, simd::mul(s, g));
+    const simd::vec xsum =
+        simd::fma(simd::fma(S, dM, simd::loadu(a.xsum)), G, simd::mul(simd::fma(s, dm, simd::loadu(b.xsum)), g));
+    auto all = [](simd::vec x, float bound) { return simd::count(simd::less(x, simd::set1(bound))) == simd::W; };
+    const simd::vec checked = simd::select(some, sum, one), size = simd::abs(simd::select(some, hi, zero));
+    if (!all(simd::abs(s), INFINITY) || !all(simd::sub(zero, checked), -LEAST) || !all(checked, MOST) ||
+        !all(size, 1e6f))
+      return false;
+    simd::storeu(a.shift, simd::select(some, hi, simd::loadu(a.shift)));
+    simd::storeu(a.sum, simd::select(some, sum, S));
+    simd::storeu(a.xsum, simd::select(some, xsum, simd::loadu(a.xsum)));
+    return true;
   }
 };
 
@@ -65,6 +103,7 @@ class InfoNceForward {
   static constexpr int NB = B::NB, LDS = B::LDS, MR = Op::MR;
   // Sums of 2^(x - shift) are exact to fp32 while no row's or column's own maximum lies 90 bits below the shared shift.
   static constexpr float SPAN = 90.f;
+  static constexpr int64_t COLUMNS = 64;  // whose sums one thread merges at a time
 
  public:
   explicit InfoNceForward(const InfoNceParams& params)
@@ -122,15 +161,16 @@ class InfoNceForward {
           }
           if (p.columns)
 #pragma omp for schedule(static)
-            for (int64_t j = b0 * cols.NB; j < std::min(b1 * cols.NB, p.M); j++)
+            for (int64_t j = b0 * cols.NB; j < std::min(b1 * cols.NB, p.M); j += COLUMNS) {
+              const int64_t n = std::min({COLUMNS, b1 * cols.NB - j, p.M - j}), at = j - b0 * cols.NB;
               for (int64_t t = t0; t < t1; t++) {
-                const Sums s = task_sums(t).at(j - b0 * cols.NB);
-                col.merge(j, *s.shift, *s.sum, *s.xsum);
-                if (extras) {
-                  const Extras x = task_extras(t).at(j - b0 * cols.NB);
-                  col_x.merge(j, *x.best, *x.total, *x.live);
+                col.at(j).merge(n, task_sums(t).at(at));
+                for (int64_t i = at; extras && i < at + n; i++) {
+                  const Extras x = task_extras(t).at(i);
+                  col_x.merge(b0 * cols.NB + i, *x.best, *x.total, *x.live);
                 }
               }
+            }
         }
       }
 #pragma omp for schedule(static)
@@ -142,20 +182,21 @@ class InfoNceForward {
   }
 
  private:
-  int64_t per_thread() const { return round_up(MR * LDS + 2 * NB + B::CHUNK * Kd, 16); }
+  int64_t per_thread() const { return round_up(MR * LDS + 3 * NB + B::CHUNK * Kd, 16); }
 
   // Rows i0 .. i1-1 against column blocks b0 .. b1-1.
   void task(int64_t i0, int64_t i1, int64_t b0, int64_t b1, Sums row, Sums col, Extras row_x, Extras col_x,
             float* scratch) {
-    float *strip = scratch, *csum = strip + MR * LDS, *cxsum = csum + NB, *A = cxsum + NB;
+    float *strip = scratch, *csum = strip + MR * LDS, *cxsum = csum + NB, *cshift = cxsum + NB, *A = cshift + NB;
     pack_rows<Op>(images, i0, i1, A);
     for (int64_t b = b0; b < b1; b++) {
       const int64_t j0 = cols.begin(b), nb = cols.size(b), at = (b - b0) * cols.NB;
       float shift = NAN;
       bool open = false;  // csum, cxsum hold column sums under `shift`
       auto flush = [&] {
-        if (open)
-          for (int64_t j = 0; j < nb; j++) col.merge(at + j, shift, csum[j], cxsum[j]);
+        if (!open) return;
+        std::fill_n(cshift, nb, shift);
+        col.at(at).merge(nb, Sums{cshift, csum, cxsum});
         open = false;
       };
       for (int64_t i = i0; i < i1; i += MR) {

@@ -13,10 +13,10 @@ namespace limber {
 // What a register-tile product multiplies. A 'dword' is its unit along k: one float, or two bf16 neighbours for
 // vdpbf16ps.
 struct F32 {
-  static constexpr int P = 1, EXP2_DEGREE = 6;            // 2e-9
-  static constexpr int MR = simd::MR, K_STEP = 1;         // rows of a register tile; dwords that k is padded to
-  static constexpr bool TILES = false;                    // the register tile is made of vectors, not of AMX tiles
-  struct Session {};                                      // what a thread holds while it multiplies
+  static constexpr int P = 1, EXP2_DEGREE = 6;     // 2e-9
+  static constexpr int MR = simd::MR, K_STEP = 1;  // rows of a register tile; dwords that k is padded to
+  static constexpr bool TILES = false;             // the register tile is made of vectors, not of AMX tiles
+  struct Session {};                               // what a thread holds while it multiplies
   static simd::vec madd(simd::vec c, simd::vec a, simd::vec b) { return simd::fma(a, b, c); }
 };
 #if defined(LIMBER_BF16_PAIRS)

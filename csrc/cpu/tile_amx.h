@@ -3,8 +3,8 @@
 // Both operands are streams of 2 KiB per step of k (32 bf16 values, 16 dwords):
 //   A panel [step][2 halves][16 rows][16 dwords]   32 rows of a row-major matrix
 //   B panel [k dword][32 columns]                  the packed panel that tile_gemm.h's register tiles take as well
-// A step is 64 cycles of products and 64 KiB/s-cycle loads of 64 lines: with A in L1 and B in L2 it reaches 65-70% of the
-// tile peak (3.8 TFLOP/s a core), with both in L2 57%, from L3 23-35%.
+// A step is 64 cycles of products and 64 KiB/s-cycle loads of 64 lines: with A in L1 and B in L2 it reaches 65-70% of
+// the tile peak (3.8 TFLOP/s a core), with both in L2 57%, from L3 23-35%.
 #pragma once
 #if defined(LIMBER_ISA_AMX)
 #include <immintrin.h>
@@ -67,8 +67,8 @@ static __attribute__((noinline)) void tile_product(int64_t steps, const float* A
   _tile_stored(3, low + 16, bytes);
 }
 
-// C[R x min(cols, 32)] = A B, or += with accumulate; k in dwords, a multiple of 16. A ragged edge goes through a private
-// tile by the same operations: equal rows give equal results wherever they lie.
+// C[R x min(cols, 32)] = A B, or += with accumulate; k in dwords, a multiple of 16. A ragged edge goes through a
+// private tile by the same operations: equal rows give equal results wherever they lie.
 static inline void tile_gemm(int R, int64_t k, const float* A, const float* B, float* C, int64_t ldc, int64_t cols,
                              bool accumulate) {
   if (R == 32 && cols >= 32)

@@ -4,7 +4,8 @@
 //   packed A panel [k][MR]        row stride 1,   k stride MR
 //   row-major tile read in place  row stride ld,  k stride 1
 //   its transpose read in place   row stride 1,   k stride ld
-// B is a packed panel [k][NR]. MR x NR is 14 x 32 on AVX-512, 6 x 16 on AVX2, 32 x 32 on AMX. Strides are in dwords (see rows.h).
+// B is a packed panel [k][NR]. MR x NR is 14 x 32 on AVX-512, 6 x 16 on AVX2, 32 x 32 on AMX. Strides are in dwords
+// (see rows.h).
 #pragma once
 #include <algorithm>
 
@@ -56,8 +57,8 @@ static __attribute__((noinline)) void micro_rows(int R, int64_t K, const float* 
   for (; R >= 1; R -= 1, A += RS, C += ldc) micro<Op, 1, RS, KS, ACC>(K, A, B, C, ldc);
 }
 
-// C[R x min(cols, NR)] = A B, or += with accumulate. K goes in chains of 128 dwords: one chain over D = 512 has twice the
-// rounding error of eager.
+// C[R x min(cols, NR)] = A B, or += with accumulate. K goes in chains of 128 dwords: one chain over D = 512 has twice
+// the rounding error of eager.
 template <class Op, int RS, int KS>
 static inline void gemm_tile(int R, int64_t K, const float* A, const float* B, float* C, int64_t ldc, int64_t cols,
                              bool accumulate) {

@@ -50,11 +50,11 @@ def info_nce_supports(request: Any) -> str | None:
 def _params(
     image: Tensor, text: Tensor, extra: Tensor | None, logit_scale: Tensor, logit_bias: Tensor | None,
     labels: Tensor | None, image_ids: Tensor | None, text_ids: Tensor | None, row: Tensor, col: Tensor, cache: Tensor,
-    label_smoothing: float, normalize: bool, variant: str, columns: bool,
+    label_smoothing: float, normalize: bool, variant: str, columns: bool, kernels: Any,
 ) -> Any:  # fmt: skip
     (n, d), m = image.shape, text.shape[0]
     sigmoid = variant == "sigmoid"
-    return native.cpu().InfoNceParams(
+    return kernels.InfoNceParams(
         image=image.data_ptr(), text=text.data_ptr(), extra=_address(extra),
         N=n, M=m, K=0 if extra is None else extra.shape[0], D=d,
         image_stride=image.stride(0), text_stride=text.stride(0), extra_stride=0 if extra is None else extra.stride(0),
@@ -77,11 +77,11 @@ def info_nce_fwd(
     # The kernels write fp32 whatever torch's default dtype is.
     row = torch.empty(6, n, dtype=torch.float32)
     col = torch.empty(6, m, dtype=torch.float32) if columns else torch.zeros(6, m, dtype=torch.float32)
-    row_correct, col_correct = (torch.zeros(size if with_stats else 0, dtype=torch.uint8) for size in (n, m))
+    row_correct, col_correct = (torch.zeros(size, dtype=torch.uint8) for size in ((n, m) if with_stats else (0, 0)))
     cache = _cache(cache_bytes)
     params = _params(image, text, extra_negatives, logit_scale, logit_bias, labels, image_ids, text_ids, row, col,
-                     cache, label_smoothing, normalize, variant, columns)  # fmt: skip
-    native.cpu().info_nce_fwd(params, _address(row_correct), _address(col_correct) if columns else 0)
+                     cache, label_smoothing, normalize, variant, columns, kernels := native.cpu())  # fmt: skip
+    kernels.info_nce_fwd(params, _address(row_correct), _address(col_correct) if columns else 0)
     return InfoNceState(row, col, row_correct, col_correct, cache)
 
 
@@ -97,8 +97,9 @@ def info_nce_bwd(
     d_image, d_text = gradient(image, need_image), gradient(text, need_text)
     d_extra = gradient(extra_negatives, need_extra)
     params = _params(image, text, extra_negatives, logit_scale, logit_bias, labels, image_ids, text_ids, state.row,
-                     state.col, state.cache, label_smoothing, normalize, variant, col_grad is not None)  # fmt: skip
+                     state.col, state.cache, label_smoothing, normalize, variant, col_grad is not None,
+                     kernels := native.cpu())  # fmt: skip
     row_grad, col_grad = row_grad.float(), None if col_grad is None else col_grad.float()
-    native.cpu().info_nce_bwd(params, row_grad.data_ptr(), _address(col_grad), _address(d_image), _address(d_text),
+    kernels.info_nce_bwd(params, row_grad.data_ptr(), _address(col_grad), _address(d_image), _address(d_text),
                               _address(d_extra))  # fmt: skip
     return d_image, d_text, d_extra

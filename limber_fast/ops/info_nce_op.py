@@ -173,7 +173,12 @@ class _InfoNce(torch.autograd.Function):
         if grad is None:
             return (None,) * 17
         needs = list(ctx.needs_input_grad[:5])
-        gradients = torch.ops.limber_fast.info_nce_bwd.default(grad, *ctx.saved_tensors, *ctx.options, needs)
+        op, inputs = torch.ops.limber_fast.info_nce_bwd.default, (grad, *ctx.saved_tensors, *ctx.options, needs)
+        if torch.is_grad_enabled() or forward_ad._current_level >= 0:  # create_graph=True, or forward over reverse
+            gradients = op(*inputs)
+        else:  # nothing records: one dispatch less, 15 us
+            with torch._C._AutoDispatchBelowAutograd():
+                gradients = op(*inputs)
         return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 12
 
 

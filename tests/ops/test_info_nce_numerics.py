@@ -123,7 +123,7 @@ def test_nan_and_inf_propagate_as_in_eager(engine, poisoned, tower, value, varia
     inputs[tower][77, 3] = value
     options = {"variant": variant, "symmetric": symmetric}
     found = _gradients(info_nce, *inputs, 9.0, **options, reduction="none", backend=engine)
-    # torch's bf16 products on AMX lose a finite row beside a NaN one where K is odd: own kernels are held to fp32's places.
+    # torch's bf16 products on AMX spoil the row beside a NaN where K is odd: own kernels are held to fp32's places.
     same = inputs if engine == "eager" else [x.float() for x in inputs]
     eager = _gradients(cases.eager_info_nce, *same, 9.0, **options)
     if math.isnan(value):
