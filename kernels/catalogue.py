@@ -1,0 +1,82 @@
+"""What each kernel file says about its kernels: the builds its launchers ask for, and the work one launch does.
+
+A kernel file, or a `<stem>_cases.py` beside it, has a function
+
+    def cases(target: str) -> list[tuple[Case, Work]]
+
+with every configuration its launchers can choose on that target. The checks that need no GPU (tests/gpu) compile, gate
+and run them; `limber-fast bench --modelled` prices them. Nothing here imports Triton, so a list of cases costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+TARGETS = ("sm_80", "sm_90", "sm_100")
+INFORMATIVE_TARGETS = ("gfx942",)  # compiled and reported, never gated
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One build of one kernel: what the compiler is given.
+
+    Args:
+        kernel: the @triton.jit function.
+        name: unique within the file, such as "info_nce_fwd_kernel/128x128x64-bf16".
+        signature: type of every argument that is not in `constants`, in Triton's spelling: "*bf16", "i32", "fp32",
+            "tensordesc<bf16[128, 64]>" for a descriptor made on the host.
+        constants: value of every tl.constexpr argument, and of arguments specialised away (a pointer that is None).
+        num_warps, num_stages: as at the launch.
+        divisible: arguments that are multiples of 16: aligned pointers, row strides.
+        tensor_core: whether its products must compile to tensor-core instructions.
+        options: other options of the launch, such as {"maxnreg": 168}.
+    """
+
+    kernel: Any
+    name: str
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 3
+    divisible: tuple[str, ...] = ()
+    tensor_core: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one launch of a case does on one problem; every figure is a lower bound.
+
+    Args:
+        shape: the problem, as shown in the report: "N=32768 D=512".
+        flops: floating-point operations of its matrix products, two per multiply-add, padding of the tiles included.
+        dram_bytes: compulsory traffic: every input read once, every output written once.
+        l2_bytes: bytes that the programs together ask of the L2 cache.
+        programs: size of the grid.
+        loop_trips: how often a program runs its main loop: the one with the products, else its only one.
+        dtype: operand type of the products: "bf16", "fp16", "tf32", "fp32", "int8", "fp8".
+    """
+
+    shape: str
+    flops: float
+    dram_bytes: float
+    l2_bytes: float
+    programs: int
+    loop_trips: int = 1
+    dtype: str = "bf16"
+
+
+def cases(target: str) -> dict[str, list[tuple[Case, Work]]]:
+    """The cases of every kernel file that has any, by module name."""
+    return {stem: listed(target) for stem, listed in _catalogues().items()}
+
+
+def _catalogues() -> dict[str, Callable[[str], list[tuple[Case, Work]]]]:
+    package = importlib.import_module("limber_fast.kernels")
+    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "catalogue")
+    modules = {name: importlib.import_module(f"{package.__name__}.{name}") for name in names}
+    return {name: module.cases for name, module in modules.items() if hasattr(module, "cases")}
