@@ -3,6 +3,7 @@
 from limber_fast.dispatch import BackendUnavailable, use_backend
 from limber_fast.losses import ClipLoss, SigLipLoss
 from limber_fast.ops.info_nce import InfoNceStats, info_nce
+from limber_fast.ops.project_concat import project_concat
 
 __version__ = "0.1.0"
-__all__ = ["BackendUnavailable", "ClipLoss", "InfoNceStats", "SigLipLoss", "info_nce", "use_backend"]
+__all__ = ["BackendUnavailable", "ClipLoss", "InfoNceStats", "SigLipLoss", "info_nce", "project_concat", "use_backend"]

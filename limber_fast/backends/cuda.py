@@ -7,3 +7,7 @@ from typing import Any
 
 def info_nce_supports(request: Any) -> str:
     return "no info_nce kernel in this release"
+
+
+def project_concat_supports(request: Any) -> str:
+    return "no project_concat kernel in this release"

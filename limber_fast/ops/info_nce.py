@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from limber_fast import checks, dispatch
+from limber_fast.ops import registration
 from limber_fast.ops.info_nce_op import (
     DSCALE,
     LOSS,
@@ -170,19 +171,11 @@ def _towers(image: Tensor, text: Tensor, extra: Tensor | None) -> tuple[Tensor, 
     if extra is not None:
         checks.matrix(_OP, "extra_negatives", extra, "[K, D]")
     checks.has_data(_OP, "image", image)
-    device = image.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        image, text = _autocast(image, dtype), _autocast(text, dtype)
-        extra = None if extra is None else _autocast(extra, dtype)
+    image, text, extra = registration.autocast(image, text, extra)
     checks.same_features(_OP, "text", text, "image", image)
     if extra is not None:
         checks.same_features(_OP, "extra_negatives", extra, "image", image)
     return _unit_stride(image), _unit_stride(text), None if extra is None else _unit_stride(extra)
-
-
-def _autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == torch.float64 else x.to(dtype)  # as autocast treats the operands of a product
 
 
 def _unit_stride(x: Tensor) -> Tensor:

@@ -6,15 +6,14 @@ documentation and argument checks, is `limber_fast.ops.info_nce.info_nce`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from limber_fast import checks, dispatch
+from limber_fast.ops import registration
 
 # Fields (first index) of InfoNceState.row and .col.
 LSE_EXPONENT, LSE_REMAINDER, NLL, LOSS, DSCALE, UNIFORM = range(6)
@@ -159,8 +158,7 @@ def _backward_fake(
 class _InfoNce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            output = torch.ops.limber_fast.info_nce_fwd.default(*inputs)
+        output = registration.below_autograd(torch.ops.limber_fast.info_nce_fwd.default, *inputs)
         _, row, col, _, _, cache = output
         ctx.save_for_backward(*inputs[:9], row, col, cache)
         ctx.options = *inputs[9:14], inputs[16]
@@ -173,51 +171,10 @@ class _InfoNce(torch.autograd.Function):
         if grad is None:
             return (None,) * 17
         needs = list(ctx.needs_input_grad[:5])
-        op, inputs = torch.ops.limber_fast.info_nce_bwd.default, (grad, *ctx.saved_tensors, *ctx.options, needs)
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0:  # create_graph=True, or forward over reverse
-            gradients = op(*inputs)
-        else:  # nothing records: one dispatch less, 15 us
-            with torch._C._AutoDispatchBelowAutograd():
-                gradients = op(*inputs)
+        gradients = registration.run_backward(
+            torch.ops.limber_fast.info_nce_bwd.default, grad, *ctx.saved_tensors, *ctx.options, needs
+        )
         return *(g if need else None for g, need in zip(gradients, needs, strict=True)), *(None,) * 12
-
-
-class _InfoNceBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.limber_fast.info_nce_bwd.default(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(f"info_nce: its gradient cannot be differentiated again; {_DENSE}")
-
-
-def _has_tangent(*inputs: Any) -> bool:
-    if forward_ad._current_level < 0:  # no dual level is open: all that a call without forward mode pays
-        return False
-    return any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in inputs)
-
-
-def _autograd_kernel(op: Any, function: type[torch.autograd.Function]) -> Callable[..., tuple[Tensor, ...]]:
-    # torch.library.register_autograd would do the same for 70 us more per call (it re-reads the schema each time).
-    def kernel(*inputs: Any) -> tuple[Tensor, ...]:
-        if _has_tangent(*inputs):  # below autograd the op would drop it: a derivative of zero
-            raise RuntimeError(f"info_nce: forward-mode differentiation is not supported; {_DENSE}")
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-            if torch._C._are_functorch_transforms_active():
-                raise RuntimeError(
-                    f"info_nce: torch.func transforms are not supported; use torch.autograd.grad; {_DENSE}"
-                )
-            return function.apply(*inputs)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*inputs)
-
-    return kernel
-
-
-def _no_vmap(info: Any, in_dims: Any, *args: Any) -> None:
-    raise RuntimeError("info_nce: torch.vmap is not supported (rows are negatives of each other); loop over batches")
 
 
 def _int32_labels(labels: Tensor, m: int, permutation: bool) -> Tensor:
@@ -246,30 +203,28 @@ _INPUTS = (
     "Tensor image, Tensor text, Tensor logit_scale, Tensor? logit_bias, Tensor? extra_negatives, Tensor? labels, "
     "Tensor? image_ids, Tensor? text_ids, Tensor? weights"
 )
-_library = torch.library.Library("limber_fast", "FRAGMENT")
-_library.define(
+_NO_VMAP = "info_nce: torch.vmap is not supported (rows are negatives of each other); loop over batches"
+registration.define(
     f"info_nce_fwd({_INPUTS}, {_OPTIONS}, bool with_stats, SymInt cache_bytes, str backend) -> "
-    "(Tensor loss, Tensor row, Tensor col, Tensor row_correct, Tensor col_correct, Tensor cache)"
-)
-_library.define(
+    "(Tensor loss, Tensor row, Tensor col, Tensor row_correct, Tensor col_correct, Tensor cache)",
+    _forward, _forward_fake, _NO_VMAP,
+)  # fmt: skip
+registration.define(
     f"info_nce_bwd(Tensor grad, {_INPUTS}, Tensor row, Tensor col, Tensor cache, {_OPTIONS}, str backend, "
-    "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-_library.define("info_nce_labels(Tensor labels, SymInt m, bool permutation) -> Tensor")
-_library.define("info_nce_ids(Tensor image_ids, Tensor text_ids) -> (Tensor, Tensor)")
+    "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward, _backward_fake, _NO_VMAP,
+)  # fmt: skip
+registration.define(
+    "info_nce_labels(Tensor labels, SymInt m, bool permutation) -> Tensor",
+    _int32_labels, lambda labels, m, permutation: _int32_like(labels), _NO_VMAP,
+)  # fmt: skip
+registration.define(
+    "info_nce_ids(Tensor image_ids, Tensor text_ids) -> (Tensor, Tensor)",
+    _int32_ids, lambda image_ids, text_ids: (_int32_like(image_ids), _int32_like(text_ids)), _NO_VMAP,
+)  # fmt: skip
 
-_KERNELS = {
-    "info_nce_fwd": (_forward, _forward_fake),
-    "info_nce_bwd": (_backward, _backward_fake),
-    "info_nce_labels": (_int32_labels, lambda labels, m, permutation: _int32_like(labels)),
-    "info_nce_ids": (_int32_ids, lambda image_ids, text_ids: (_int32_like(image_ids), _int32_like(text_ids))),
-}
-for _name, (_kernel, _fake) in _KERNELS.items():
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"limber_fast::{_name}", _fake, lib=_library)
-    torch.library.register_vmap(f"limber_fast::{_name}", _no_vmap, lib=_library)
-for _op, _function in (
-    (torch.ops.limber_fast.info_nce_fwd.default, _InfoNce),
-    (torch.ops.limber_fast.info_nce_bwd.default, _InfoNceBackward),
-):
-    _library.impl(_op, _autograd_kernel(_op, _function), "Autograd")
+_FORWARD, _BACKWARD = torch.ops.limber_fast.info_nce_fwd.default, torch.ops.limber_fast.info_nce_bwd.default
+registration.differentiate(_FORWARD, _InfoNce, "info_nce", _DENSE)
+registration.differentiate(
+    _BACKWARD, registration.not_differentiable(_BACKWARD, "info_nce", _DENSE), "info_nce", _DENSE
+)

@@ -1,8 +1,4 @@
-"""The eager backend: dense torch ops on any device and floating dtype. The one that always runs.
-
-Products are taken in the dtype of the towers, as eager PyTorch takes them; everything between them is fp32 (fp64 for
-fp64 towers). Gradients are written out because autograd is off inside an op.
-"""
+"""info_nce with the N x M matrix of logits."""
 
 from __future__ import annotations
 
@@ -13,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from limber_fast.backends.eager.operands import wide
 from limber_fast.ops.info_nce import InfoNceState
 
 NORM_EPS = 1e-12  # of torch.nn.functional.normalize
@@ -22,14 +19,10 @@ def info_nce_supports(request: Any) -> None:
     return None
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _unit(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rows divided by max(norm, eps): in the dtype of x for products, and wide with the norms for the gradient."""
-    norm = torch.linalg.vector_norm(_wide(x), dim=1, keepdim=True)
-    unit = _wide(x) / norm.clamp_min(NORM_EPS)
+    norm = torch.linalg.vector_norm(wide(x), dim=1, keepdim=True)
+    unit = wide(x) / norm.clamp_min(NORM_EPS)
     return unit.to(x.dtype), unit, norm
 
 
@@ -135,7 +128,7 @@ def info_nce_fwd(
         image, text = _unit(image)[0], _unit(text)[0]
         extra_negatives = None if extra_negatives is None else _unit(extra_negatives)[0]
     cache = torch.empty(cache_bytes, dtype=torch.uint8, device=image.device)
-    s = _wide(_similarities(image, text, extra_negatives, cache))
+    s = wide(_similarities(image, text, extra_negatives, cache))
     column = _columns(labels, n, image.device)
     masked = _masked(image_ids, text_ids, column, s.shape[1])
     if variant == "sigmoid":
@@ -200,7 +193,7 @@ def info_nce_bwd(
         s = _similarities(image, text, extra_negatives, None)
     column = _columns(labels, len(image), image.device)
     masked = _masked(image_ids, text_ids, column, width)
-    ds = _logit_gradient(_wide(s), column, masked, logit_scale, logit_bias, row_grad, col_grad, state, variant,
+    ds = _logit_gradient(wide(s), column, masked, logit_scale, logit_bias, row_grad, col_grad, state, variant,
                          label_smoothing, m)  # fmt: skip
     ds = ds.mul_(logit_scale).to(dtype)
 
@@ -216,5 +209,5 @@ def info_nce_bwd(
     if normalize:
         for i, (_, unit, norm) in enumerate(units):
             if gradients[i] is not None:
-                gradients[i] = _through_unit(_wide(gradients[i]), unit, norm).to(dtype)
+                gradients[i] = _through_unit(wide(gradients[i]), unit, norm).to(dtype)
     return tuple(gradients)

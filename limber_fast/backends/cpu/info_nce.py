@@ -1,37 +1,18 @@
-"""The CPU backend: native kernels, one module per instruction set (csrc/cpu), on torch's own OpenMP threads."""
+"""info_nce: tensors to the parameters of csrc/cpu/info_nce.h."""
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from limber_fast import native
+from limber_fast.backends.cpu.tensors import DTYPES, address, threads, unknown_dtype
 from limber_fast.ops.info_nce import InfoNceState
 
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-# libgomp's threads do not survive fork and a child that waits for them never returns: a forked child computes on one.
-_forked = False
 # From here on fresh pages cost more than the detour over a block of native memory that the next call reuses.
 _REUSED_BYTES = 4 << 20
-
-
-def _after_fork() -> None:
-    global _forked
-    _forked = True
-
-
-os.register_at_fork(after_in_child=_after_fork)
-
-
-def _threads() -> int:
-    return 1 if _forked else torch.get_num_threads()
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None or not x.numel() else x.data_ptr()
 
 
 def _cache(size: int) -> Tensor:
@@ -41,8 +22,8 @@ def _cache(size: int) -> Tensor:
 
 
 def info_nce_supports(request: Any) -> str | None:
-    if request.dtype not in _DTYPES:
-        return f"computes in float32, bfloat16 and float16; got {str(request.dtype).removeprefix('torch.')}"
+    if reason := unknown_dtype(request.dtype):
+        return reason
     native.cpu()
     return None
 
@@ -55,15 +36,15 @@ def _params(
     (n, d), m = image.shape, text.shape[0]
     sigmoid = variant == "sigmoid"
     return kernels.InfoNceParams(
-        image=image.data_ptr(), text=text.data_ptr(), extra=_address(extra),
+        image=image.data_ptr(), text=text.data_ptr(), extra=address(extra),
         N=n, M=m, K=0 if extra is None else extra.shape[0], D=d,
         image_stride=image.stride(0), text_stride=text.stride(0), extra_stride=0 if extra is None else extra.stride(0),
-        dtype=_DTYPES[image.dtype], scale=logit_scale.item(),
+        dtype=DTYPES[image.dtype], scale=logit_scale.item(),
         # The softmax does not see the bias: callers add it to the log-sum-exps.
         bias=logit_bias.item() if sigmoid and logit_bias is not None else 0.0, label_smoothing=label_smoothing,
-        normalize=normalize, sigmoid=sigmoid, columns=columns, threads=_threads(),
-        labels=_address(labels), image_ids=_address(image_ids), text_ids=_address(text_ids),
-        row_state=row.data_ptr(), col_state=_address(col), cache=_address(cache), cache_bytes=cache.numel(),
+        normalize=normalize, sigmoid=sigmoid, columns=columns, threads=threads(),
+        labels=address(labels), image_ids=address(image_ids), text_ids=address(text_ids),
+        row_state=row.data_ptr(), col_state=address(col), cache=address(cache), cache_bytes=cache.numel(),
     )  # fmt: skip
 
 
@@ -81,7 +62,7 @@ def info_nce_fwd(
     cache = _cache(cache_bytes)
     params = _params(image, text, extra_negatives, logit_scale, logit_bias, labels, image_ids, text_ids, row, col,
                      cache, label_smoothing, normalize, variant, columns, kernels := native.cpu())  # fmt: skip
-    kernels.info_nce_fwd(params, _address(row_correct), _address(col_correct) if columns else 0)
+    kernels.info_nce_fwd(params, address(row_correct), address(col_correct) if columns else 0)
     return InfoNceState(row, col, row_correct, col_correct, cache)
 
 
@@ -100,6 +81,6 @@ def info_nce_bwd(
                      state.col, state.cache, label_smoothing, normalize, variant, col_grad is not None,
                      kernels := native.cpu())  # fmt: skip
     row_grad, col_grad = row_grad.float(), None if col_grad is None else col_grad.float()
-    kernels.info_nce_bwd(params, row_grad.data_ptr(), _address(col_grad), _address(d_image), _address(d_text),
-                              _address(d_extra))  # fmt: skip
+    kernels.info_nce_bwd(params, row_grad.data_ptr(), address(col_grad), address(d_image), address(d_text),
+                              address(d_extra))  # fmt: skip
     return d_image, d_text, d_extra

@@ -1,0 +1,17 @@
+"""The eager backend: dense torch ops on any device and floating dtype. The one that always runs.
+
+Products are taken in the dtype of their operands, as eager PyTorch takes them; everything between them is fp32 (fp64
+for fp64 operands). Gradients are written out because autograd is off inside an op.
+"""
+
+from limber_fast.backends.eager.info_nce import info_nce_bwd, info_nce_fwd, info_nce_supports
+from limber_fast.backends.eager.project_concat import project_concat_bwd, project_concat_fwd, project_concat_supports
+
+__all__ = [
+    "info_nce_bwd",
+    "info_nce_fwd",
+    "info_nce_supports",
+    "project_concat_bwd",
+    "project_concat_fwd",
+    "project_concat_supports",
+]
