@@ -125,5 +125,5 @@ def descriptor_matmul(name: str = "descriptor_matmul", *, on_host: bool = True) 
 
 _SIZES = ("M", "N", "K", "stride_a", "stride_b", "stride_c")
 oversized = partial(matmul, "oversized", BLOCK_N=256, BLOCK_K=128, num_stages=4)
-spilling = partial(matmul, "spilling", BLOCK_M=256, BLOCK_N=256, num_warps=4)
+spilling = partial(matmul, "spilling", BLOCK_N=256, num_warps=4)
 narrow = partial(matmul, "narrow", wide=False)

@@ -7,6 +7,6 @@ Cases come from `limber_fast.kernels.catalogue`. The compiler and the disassembl
 """
 
 from limber_fast.report.aot.build import Build, compile_case
-from limber_fast.report.aot.gate import gate
+from limber_fast.report.aot.rules import gate
 
 __all__ = ["Build", "compile_case", "gate"]
