@@ -58,7 +58,8 @@ class Work:
         l2_bytes: bytes that the programs together ask of the L2 cache.
         programs: size of the grid.
         loop_trips: how often a program runs its main loop: the one with the products, else its only one.
-        dtype: operand type of the products: "bf16", "fp16", "tf32", "fp32", "int8", "fp8".
+        dtype: operand type of the products: "bf16", "fp16", "tf32", "fp32" (not on the tensor cores), "int8", "fp8".
+        outer_trips: how often it runs the loop around that one, for programs that walk over tiles.
     """
 
     shape: str
@@ -68,6 +69,7 @@ class Work:
     programs: int
     loop_trips: int = 1
     dtype: str = "bf16"
+    outer_trips: int = 1
 
 
 def cases(target: str) -> dict[str, list[tuple[Case, Work]]]:

@@ -14,7 +14,6 @@ from gpu import samples
 from limber_fast.kernels.catalogue import TARGETS, Case
 from limber_fast.report.aot import compile_case, gate, rules, sass
 from limber_fast.report.aot.chips import CHIPS, occupancy
-from limber_fast.report.aot.offsets import narrow_offsets
 
 FULL_RATE = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 SMALL = {"num_warps": 4, "BLOCK_N": 64}
@@ -91,127 +90,48 @@ def test_gate_stops_32_bit_offsets():
     assert len(failures) == 3 and all("32-bit offset, a product of two runtime values" in line for line in failures)
 
 
-# --- the rule on offsets --------------------------------------------------------------------------------------------
-
-SIZES = {"n": "i32", "stride": "i32", "pid": "i32"}
-
-
-def offset_ir(*lines: str) -> str:
-    body = "\n".join(f"    {line} loc(#loc1)" for line in lines)
-    return f"""module {{
-  tt.func public @kernel(%x: !tt.ptr<f32> loc("x"(#loc)), %n: i32 loc("n"(#loc)), %stride: i32 loc("s"(#loc))) {{
-    %c1 = arith.constant 1 : i32 loc(#loc1)
-    %c128 = arith.constant 128 : i32 loc(#loc1)
-    %c8192 = arith.constant 8192 : i32 loc(#loc1)
-    %pid = tt.get_program_id x : i32 loc(#loc1)
-    %tile = tt.make_range {{end = 128 : i32, start = 0 : i32}} : tensor<128xi32> loc(#loc1)
-{body}
-  }}
-}}
-"""
-
-
-FIRST_ROW = ("%row = arith.muli %pid, %c128 : i32", "%rows = arith.addi %row, %tile : tensor<128xi32>")
-ADDRESS = "%at = tt.addptr %x, %off : !tt.ptr<f32>, i32"
-SOUND = {
-    "first row of a block": (*FIRST_ROW, "%at = tt.addptr %x, %rows : !tt.ptr<f32>, i32"),
-    "pitch of a tile": ("%off = arith.muli %tile, %stride : tensor<128xi32>", ADDRESS),
-    "step of a loop": ("%off = arith.muli %stride, %c128 : i32", ADDRESS),
-    "64 bits": (
-        *FIRST_ROW,
-        "%wide = arith.extsi %rows : tensor<128xi32> to tensor<128xi64>",
-        "%off = arith.muli %wide, %wide : tensor<128xi64>",
-        ADDRESS,
-    ),
-    "product that is no offset": (
-        "%other = arith.muli %pid, %stride : i32",
-        "%off = arith.addi %pid, %n : i32",
-        ADDRESS,
-    ),
-    "block number of a quotient": (
-        "%group = arith.muli %n, %c128 : i32",
-        "%block = arith.divsi %pid, %group : i32",
-        "%off = arith.muli %block, %c128 : i32",
-        ADDRESS,
-    ),
-    "loop over blocks": ("scf.for %i = %c1 to %n step %c1  : i32 {", "%off = arith.muli %i, %c128 : i32", ADDRESS, "}"),
-    "loop of constants": (
-        "scf.for %i = %c1 to %c8192 step %c128  : i32 {",
-        "%off = arith.muli %i, %c128 : i32",
-        ADDRESS,
-        "}",
-    ),
-}
-UNSOUND = {
-    "row times stride": (*FIRST_ROW, "%off = arith.muli %rows, %stride : tensor<128xi32>", ADDRESS),
-    "program times stride": ("%off = arith.muli %pid, %stride : i32", ADDRESS),
-    "widened too late": (
-        "%product = arith.muli %pid, %stride : i32",
-        "%off = arith.extsi %product : i32 to i64",
-        ADDRESS,
-    ),
-    "row times a constant pitch": (*FIRST_ROW, "%off = arith.muli %rows, %c128 : tensor<128xi32>", ADDRESS),
-    "block times a whole tile": ("%off = arith.muli %pid, %c8192 : i32", ADDRESS),
-    "loaded row": ("%id = tt.load %x : !tt.ptr<i32>", "%off = arith.muli %id, %c128 : i32", ADDRESS),
-    "loop over rows": ("scf.for %i = %c1 to %n step %c128  : i32 {", "%off = arith.muli %i, %c128 : i32", ADDRESS, "}"),
-    "row that a loop advances": (
-        "%end = scf.for %i = %c1 to %n step %c1 iter_args(%here = %c1) -> (i32)  : i32 {",
-        "%next = arith.addi %here, %c128 : i32",
-        "%off = arith.muli %here, %c128 : i32",
-        ADDRESS,
-        "scf.yield %next : i32",
-        "}",
-    ),
-    "choice of a branch": (
-        "%off = scf.if %n -> (i32) {",
-        "%bad = arith.muli %pid, %stride : i32",
-        "scf.yield %bad : i32",
-        "} else {",
-        "scf.yield %c1 : i32",
-        "}",
-        ADDRESS,
-    ),
-}
-
-
-@pytest.mark.parametrize("name", SOUND)
-def test_offsets_that_cannot_overflow_pass(name):
-    assert narrow_offsets(offset_ir(*SOUND[name])) == []
-
-
-@pytest.mark.parametrize("name", UNSOUND)
-def test_offsets_that_can_overflow_are_named(name):
-    (failure,) = narrow_offsets(offset_ir(*UNSOUND[name]))
-    assert failure.startswith("32-bit offset, ") and "arith.muli" in failure
-
-
 # --- reading the code -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_main_loop_holds_one_trip_of_the_product(target):
     build = compile_case(BUILDS[target], target)
-    loop, once = sass.split_main_loop(build.instructions, (FULL_RATE[target],))
+    code = sass.sections(build.instructions, (FULL_RATE[target],))
     tile = BUILDS[target].constants
     per_trip = 2 * tile["BLOCK_M"] * tile["BLOCK_N"] * tile["BLOCK_K"]
-    assert sum(one.product_flops() for one in loop) * build.threads / 32 == per_trip
-    assert not any(one.product_flops() for one in once)
-    assert sum(build.opcodes.values()) == len(build.instructions) >= len(loop) + len(once)
+    assert sum(one.product_flops() for one in code.main) * build.threads / 32 == per_trip
+    assert not code.around and not any(one.product_flops() for one in code.once)
+    assert sum(build.opcodes.values()) == len(build.instructions) >= len(code.main) + len(code.once)
+
+
+def listing(*lines: str) -> tuple[sass.Instruction, ...]:
+    return sass.parse(
+        "\n".join(f"        /*{16 * place:04x}*/    {line} ;   /* 0x0 */" for place, line in enumerate(lines))
+    )
+
+
+def test_loop_around_the_main_loop_is_found():
+    """One that polls a barrier is none, and neither is the way back from code behind the exit."""
+    code = sass.sections(
+        listing(
+            "MOV R1, R2", *["FMUL R1, R1, R2"] * 2, "@!P0 BRA 0x20", "MUFU.EX2 R1, R1", *["HMMA.16816.F32 R0, R4"] * 6,
+            "@P1 BRA 0x50", *["FADD R1, R1, R2"] * 9, "BRA 0x10", "EXIT", "SYNCS R1", "BRA 0x50",
+        ),
+        ("HMMA",),
+    )  # fmt: skip
+    assert sass.histogram(code.main) == {"HMMA": 6, "BRA": 1}
+    assert sass.histogram(code.around) == {"FMUL": 2, "MUFU": 1, "FADD": 9, "BRA": 2}
+    assert sass.histogram(code.once) == {"MOV": 1, "EXIT": 1}
 
 
 def test_shortest_loop_counts_where_there_is_no_product():
-    code = sass.parse(
-        "\n".join(
-            f"        /*{16 * place:04x}*/    {text} ;    /* 0x0 */"
-            for place, text in enumerate(
-                ["MOV R1, R2", *["FADD R1, R1, R2"] * 28, "@P0 BRA 0x10", *["FADD R1, R1, R2"] * 7, "@!P1 BRA 0x1e0",
-                 "@P0 EXIT", "EXIT", *["MOV R1, R2"] * 9, "BRA 0x10"]
-            )
-        )
-    )  # fmt: skip
-    loop, once = sass.split_main_loop(code, ("HMMA",))
-    assert sass.histogram(loop) == {"FADD": 7, "BRA": 1}
-    assert sass.histogram(once) == {"MOV": 1, "FADD": 28, "BRA": 1, "EXIT": 2}
+    unrolled, single = ["FADD R1, R1, R2"] * 28, ["FADD R1, R1, R2"] * 7
+    code = sass.sections(
+        listing("MOV R1, R2", *unrolled, "@P0 BRA 0x10", *single, "@!P1 BRA 0x1e0", "@P0 EXIT", "EXIT", "MOV R1, R2"),
+        ("HMMA",),
+    )
+    assert sass.histogram(code.main) == {"FADD": 7, "BRA": 1}
+    assert sass.histogram(code.once) == {"MOV": 1, "FADD": 28, "BRA": 1, "EXIT": 2}
 
 
 # --- occupancy ------------------------------------------------------------------------------------------------------

@@ -61,27 +61,43 @@ def histogram(instructions: Sequence[Instruction]) -> Counter[str]:
     return Counter(instruction.opcode for instruction in instructions)
 
 
-def split_main_loop(
-    instructions: Sequence[Instruction], tensor_opcodes: Sequence[str]
-) -> tuple[tuple[Instruction, ...], tuple[Instruction, ...]]:
-    """(the main loop's body, the code that runs once), without what lies out of line behind the last exit.
+@dataclass(frozen=True)
+class Sections:
+    """A kernel's code by how often a program runs it: the main loop, the loop around it if any, and the rest."""
+
+    main: tuple[Instruction, ...]
+    around: tuple[Instruction, ...]
+    once: tuple[Instruction, ...]
+
+
+def sections(instructions: Sequence[Instruction], tensor_opcodes: Sequence[str]) -> Sections:
+    """Splits the code; what lies out of line behind the last exit is left out.
 
     The main loop is the shortest that has the most tensor-core instructions. Without any it is the shortest of all: a
     longer one may be an unrolled copy, which stands for several trips.
     """
     exits = [i for i, one in enumerate(instructions) if one.opcode == "EXIT" and not one.guarded]
     code = tuple(instructions[: exits[-1] + 1]) if exits else tuple(instructions)
-    bodies = [body for end in code if (body := _loop(code, end))]
-    if not bodies:
-        return (), code
+    loops = [body for end in code if (body := _loop(code, end))]
+    if not loops:
+        return Sections((), (), code)
 
     def products(body: Sequence[Instruction]) -> int:
         return sum(one.opcode in tensor_opcodes for one in body)
 
-    most = max(map(products, bodies))
-    main = min((body for body in bodies if products(body) == most), key=len)
-    inside = {one.address for one in main}
-    return main, tuple(one for one in code if one.address not in inside)
+    most = max(map(products, loops))
+    main = min((body for body in loops if products(body) == most), key=len)
+    enclosing = [body for body in loops if len(body) > len(main) and _contains(body, main)] if most else []
+    outer = min(enclosing, key=len, default=main)
+    return Sections(main, _without(outer, main), _without(code, outer))
+
+
+def _contains(outer: Sequence[Instruction], inner: Sequence[Instruction]) -> bool:
+    return outer[0].address <= inner[0].address and inner[-1].address <= outer[-1].address
+
+
+def _without(code: Sequence[Instruction], part: Sequence[Instruction]) -> tuple[Instruction, ...]:
+    return tuple(one for one in code if not part[0].address <= one.address <= part[-1].address)
 
 
 def _loop(code: Sequence[Instruction], end: Instruction) -> tuple[Instruction, ...]:
