@@ -27,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if getattr(args, "fail_over", None) is not None and args.compare is None:
         parser.error("--fail-over needs --compare OLD.json")
+    if getattr(args, "modelled", None) is not None and args.compare is not None:
+        parser.error("--modelled measures nothing that --compare could hold against OLD.json")
 
     from limber_fast.console import Console
     from limber_fast.dispatch import BackendUnavailable
@@ -82,6 +84,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--fail-over", type=_percent, metavar="10%", help="with --compare: exit 1 where a ratio fell by more than this"
     )
     bench.add_argument("-k", dest="select", metavar="EXPR", help="run only benchmarks that match, as in pytest")
+    bench.add_argument(
+        "--modelled", nargs="?", const="sm_90", choices=("sm_80", "sm_90", "sm_100", "gfx942"), metavar="TARGET",
+        help="run nothing: compile the GPU kernels for TARGET (default: %(const)s) and list their modelled lower "
+        "bounds; -k is then a part of a kernel's name",
+    )  # fmt: skip
 
     for command in (demo, bench):
         command.add_argument("--threads", type=_positive(int), help="CPU threads (default: torch's choice)")
@@ -113,6 +120,11 @@ def _env(args: argparse.Namespace, console: Console) -> int | None:
 
 
 def _bench(args: argparse.Namespace, console: Console) -> int | None:
+    if args.modelled is not None:
+        from limber_fast.report import modelled
+
+        return modelled.main(args, console)
+
     checkout = Path(__file__).resolve().parent.parent
     # A wheel's parent folder is site-packages, where some other package may own the name: look for our files.
     folders = [root / "benchmarks" for root in (checkout, Path.cwd()) if any(root.glob("benchmarks/bench_*.py"))]

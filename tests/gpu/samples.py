@@ -127,3 +127,8 @@ _SIZES = ("M", "N", "K", "stride_a", "stride_b", "stride_c")
 oversized = partial(matmul, "oversized", BLOCK_N=256, BLOCK_K=128, num_stages=4)
 spilling = partial(matmul, "spilling", BLOCK_N=256, num_warps=4)
 narrow = partial(matmul, "narrow", wide=False)
+
+
+def sum_case(name: str = "sum") -> Case:
+    """A build of sum_kernel: memory and nothing else."""
+    return Case(sum_kernel, name, {"x": "*fp32", "out": "*fp32", "n": "i32"}, {"BLOCK": 1024, "ATOMIC": True})
