@@ -12,6 +12,7 @@ def offset_ir(*lines: str) -> str:
     return f"""module {{
   tt.func public @kernel(%x: !tt.ptr<f32> loc("x"(#loc)), %n: i32 loc("n"(#loc)), %stride: i32 loc("s"(#loc))) {{
     %c1 = arith.constant 1 : i32 loc(#loc1)
+    %c8 = arith.constant 8 : i32 loc(#loc1)
     %c128 = arith.constant 128 : i32 loc(#loc1)
     %c8192 = arith.constant 8192 : i32 loc(#loc1)
     %pid = tt.get_program_id x : i32 loc(#loc1)
@@ -44,6 +45,21 @@ SOUND = {
         "%block = arith.divsi %pid, %group : i32",
         "%off = arith.muli %block, %c128 : i32",
         ADDRESS,
+    ),
+    "first block of a group": (
+        "%group = arith.divsi %pid, %n : i32",
+        "%first = arith.muli %group, %c8 : i32",
+        "%inside = arith.remsi %pid, %c8 : i32",
+        "%block = arith.addi %first, %inside : i32",
+        "%off = arith.muli %block, %c128 : i32",
+        ADDRESS,
+    ),
+    "number of blocks as a bound": (
+        "%blocks = arith.muli %n, %stride : i32",
+        "scf.for %i = %pid to %blocks step %n  : i32 {",
+        "%off = arith.muli %i, %c128 : i32",
+        ADDRESS,
+        "}",
     ),
     "loop over blocks": ("scf.for %i = %c1 to %n step %c1  : i32 {", "%off = arith.muli %i, %c128 : i32", ADDRESS, "}"),
     "loop of constants": (

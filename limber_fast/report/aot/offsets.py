@@ -4,13 +4,15 @@ A tower of 2**22 rows and 512 columns has 2**31 elements: `row * stride` in 32 b
 tensor. No test on a small problem shows it, so the code is checked by a rule. Every integer that reaches an address is
 
     bounded   made of constants and tl.arange alone
-    index     counts blocks, programs or rows of an argument: a program id, a scalar argument, a quotient
-    position  counts elements: an index times a constant, a loaded number, a counter that a loop advances
+    index     counts blocks or programs, times the constants it was multiplied by: a program id, a scalar argument, a
+              quotient, the counter of a loop
+    opaque    a loaded number, or one that a loop carries: nothing is known of its size
 
-and a 32-bit product on the way to an address may only be bounded * bounded, or bounded * index with no factor above
-`MAX_TILE`: a block's first row (`pid * BLOCK_M`) or a tile's own pitch (`tl.arange(...) * stride`), both below 2**31.
-Refused: a product of two runtime values, and a position times anything; those need `.to(tl.int64)` first. The sum of
-positions is not checked: a row number itself is taken to fit.
+and a 32-bit product on the way to an address may only be bounded * bounded below 2**31, or bounded * index with a
+factor of at most `MAX_TILE` in all: a block's first row (`pid * BLOCK_M`), a group's first block, a tile's own pitch
+(`tl.arange(...) * stride`). Those stay below 2**31 for half a million blocks. Refused: a product of two runtime values,
+a row times a constant pitch, and an opaque number times anything; they need `.to(tl.int64)` first. Sums are not checked
+(a row number itself is taken to fit), nor are the bounds of loops.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from dataclasses import dataclass, field
 
 MAX_TILE = 4096
 LIMIT = 2**31
-BOUNDED, INDEX, POSITION = range(3)
+BOUNDED, INDEX, OPAQUE = range(3)
 
 _NAME = re.compile(r"%[\w$.-]+(?:#\d+)?")
 _STATEMENT = re.compile(r'^(?:(?P<results>%[^=]+?) = )?"?(?P<op>[a-z_]+\.[\w.]+)"?(?P<rest>.*)$')
@@ -31,18 +33,21 @@ _FOR = re.compile(
 _INDEX_OPS = ("tt.get_program_id", "tt.get_num_programs")
 _QUOTIENTS = ("arith.divsi", "arith.divui", "arith.ceildivsi", "arith.floordivsi")
 _REMAINDERS = ("arith.remsi", "arith.remui")
-_OPAQUE = ("tt.load", "tt.call", "scf.while", "tt.atomic_rmw", "tt.atomic_cas", "tt.descriptor_load")
+_OPAQUE_OPS = ("tt.load", "tt.call", "scf.while", "tt.atomic_rmw", "tt.atomic_cas", "tt.descriptor_load")
 
 
 @dataclass(frozen=True)
 class Extent:
-    """How large a value can be: its level, and where it is bounded the bound."""
+    """How large a value can be: its level, and the largest value (bounded) or the factor in it (index)."""
 
     level: int
-    bound: int = 0
+    size: int = 1
 
     def join(self, other: Extent) -> Extent:
-        return Extent(max(self.level, other.level), max(self.bound, other.bound))
+        """Of either, or of their sum where one is an index: a tile's rows beside it do not change its factor."""
+        if self.level != other.level:
+            return max(self, other, key=lambda extent: extent.level)
+        return Extent(self.level, max(self.size, other.size))
 
 
 @dataclass
@@ -77,7 +82,7 @@ class _Module:
         for raw in ttir.splitlines():
             line = raw.strip()
             if line.startswith("tt.func"):
-                level = INDEX if " public " in line else POSITION
+                level = INDEX if " public " in line else OPAQUE
                 self._extents |= {name: Extent(level) for name in _NAME.findall(line)}
             line = re.sub(r" loc\(.*$", "", line)
             if line.startswith("}"):
@@ -119,7 +124,7 @@ class _Module:
     def _extent(self, name: str) -> Extent:
         """Memoised; what is met again on the way to itself is carried by a loop."""
         if name not in self._extents:
-            self._extents[name] = Extent(POSITION)
+            self._extents[name] = Extent(OPAQUE)
             if name in self._statements:
                 self._extents[name] = self._of(*self._statements[name])
         return self._extents[name]
@@ -131,47 +136,58 @@ class _Module:
             return Extent(BOUNDED, int(re.search(r"end = (\d+)", statement.text)[1]))
         if statement.op in _INDEX_OPS:
             return Extent(INDEX)
-        if statement.op in _OPAQUE:
-            return Extent(POSITION)
+        if statement.op in _OPAQUE_OPS:
+            return Extent(OPAQUE)
         if statement.op == "scf.for":
             return self._carried(statement, number)
         if statement.op == "scf.if":
             branches = [self._extent(branch[number]) for branch in statement.yields if number < len(branch)]
             return functools.reduce(Extent.join, branches, Extent(BOUNDED))
-        extents = [self._extent(operand) for operand in statement.operands]
         if statement.op == "counter":
-            return _counter(*extents)
+            return self._counter(*statement.operands)
+        extents = [self._extent(operand) for operand in statement.operands]
         if statement.op in ("arith.muli", "arith.shli"):
             return self._product(statement, *extents)
         if statement.op in _QUOTIENTS:
-            return Extent(min(extents[0].level, INDEX), extents[0].bound)
+            return Extent(min(extents[0].level, INDEX), extents[0].size if extents[0].level == BOUNDED else 1)
         if statement.op in _REMAINDERS:
             return extents[1] if extents[1].level == BOUNDED else extents[0]
-        if statement.op == "arith.addi":
-            return Extent(max(one.level for one in extents), sum(one.bound for one in extents))
-        return functools.reduce(Extent.join, extents) if extents else Extent(POSITION)
+        if statement.op == "arith.addi" and all(one.level == BOUNDED for one in extents):
+            return Extent(BOUNDED, sum(one.size for one in extents))
+        return functools.reduce(Extent.join, extents) if extents else Extent(OPAQUE)
 
     def _carried(self, loop: _Statement, number: int) -> Extent:
         """What a loop changes on every trip has no bound that is seen here."""
         for names in (loop.operands, *loop.yields):
             self._extent(names[number])
-        return Extent(POSITION)
+        return Extent(OPAQUE)
+
+    def _counter(self, low: str, high: str, step: str) -> Extent:
+        """Counts steps of a constant or of one; only constants are looked at, as a bound is no offset."""
+        low_extent, constants = self._extent(low), [self._known_constant(name) for name in (high, step)]
+        if low_extent.level == BOUNDED and None not in constants:
+            return Extent(BOUNDED, constants[0])
+        start = low_extent if low_extent.level != BOUNDED else Extent(INDEX)
+        return Extent(start.level, max(start.size, constants[1] or 1))
+
+    def _known_constant(self, name: str) -> int | None:
+        statement, _ = self._statements.get(name, (None, 0))
+        return _constant(statement.text) if statement is not None and statement.op == "arith.constant" else None
 
     def _product(self, statement: _Statement, one: Extent, other: Extent) -> Extent:
         if statement.op == "arith.shli":
-            other = Extent(other.level, 1 << min(other.bound, 63))
+            other = Extent(other.level, 1 << min(other.size, 63))
         low, high = sorted((one, other), key=lambda extent: extent.level)
+        product = Extent(high.level, one.size * other.size)
         if re.search(r"i64>?$", statement.line):
-            return Extent(BOUNDED if high.level == BOUNDED else POSITION, one.bound * other.bound)
-        if high.level == BOUNDED and one.bound * other.bound < LIMIT:
-            return Extent(BOUNDED, one.bound * other.bound)
+            return product
         if low.level != BOUNDED:
             self._fail(statement, "a product of two runtime values")
-        elif high.level == POSITION:
-            self._fail(statement, "a number of elements, multiplied")
-        elif low.bound > MAX_TILE or high.level == BOUNDED:
-            self._fail(statement, f"multiplied by more than a tile's {MAX_TILE} rows")
-        return Extent(POSITION)
+        elif high.level == OPAQUE:
+            self._fail(statement, "a loaded or carried number, multiplied")
+        elif product.size >= (LIMIT if high.level == BOUNDED else MAX_TILE + 1):
+            self._fail(statement, f"a count times more than {MAX_TILE} in all")
+        return product
 
     def _fail(self, statement: _Statement, why: str) -> None:
         self._failures[f"32-bit offset, {why}: {statement.line}"] = None
@@ -183,14 +199,6 @@ def _results(names: str | None) -> list[tuple[str, int]]:
         return []
     name, _, count = names.strip().partition(":")
     return [(f"{name}#{i}", i) for i in range(int(count))] if count else [(name, 0)]
-
-
-def _counter(low: Extent, high: Extent, step: Extent) -> Extent:
-    if low.level == high.level == step.level == BOUNDED:
-        return Extent(BOUNDED, high.bound)
-    if step.level == BOUNDED and step.bound != 1:
-        return Extent(POSITION)
-    return Extent(max(low.level, INDEX))
 
 
 def _constant(text: str) -> int:
