@@ -24,6 +24,8 @@ class Wait:
     reason: str
     released: Array | None = None
     """Lanes held earlier that may go on now."""
+    done: bool = False
+    """Whether the instruction has been carried out in the lanes that are not held."""
 
 
 @dataclass
@@ -58,7 +60,7 @@ class BlockBarriers:
         if waits:
             held[lanes] = ~released[lanes]
         released[lanes] = False
-        return Wait(held, False, f"barrier {number}, which not all threads of the block reach", released)
+        return Wait(held, False, f"barrier {number}, which not all threads of the block reach", released, done=True)
 
     def _release(self, released: Array) -> None:
         for key, barrier in list(self.open.items()):

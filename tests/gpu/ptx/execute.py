@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import arithmetic, conversions, data_movement, logic, tensor_core, warp
+from . import arithmetic, conversions, data_movement, logic, mbarrier, tensor_core, tma, warp, wgmma
 from .control import BlockBarriers, Wait
 from .machine import Machine
 from .memory import GlobalMemory
@@ -24,7 +24,7 @@ from .races import RaceDetector
 from .values import WARP, Array, PtxTrap, UnknownInstruction
 
 # Importing a module puts its opcodes into the table.
-HANDLER_MODULES = (arithmetic, conversions, data_movement, logic, tensor_core, warp)
+HANDLER_MODULES = (arithmetic, conversions, data_movement, logic, mbarrier, tensor_core, tma, warp, wgmma)
 
 HELD, ENDED = 1 << 40, 1 << 50
 
@@ -192,7 +192,7 @@ class Scheduler:
         """The lanes whose guard holds; False where none does."""
         value = self.m.registers.get(ins.guard)
         if value is None or self.m.undefined:
-            self.m._require_defined(ins.guard)
+            self.m.require_defined(ins.guard)
         value = ~value if ins.guard_negated else value
         if not value.ndim:
             return mask if value else False
@@ -225,7 +225,7 @@ class Scheduler:
             self._go(mask, here + 1)
             return
         counters = self._part(here)
-        counters[self.m.alive if mask is None else mask] = here + 1
+        counters[self.m.alive if mask is None else mask] = here + 1 if wait.done else here
         counters[wait.lanes] = HELD + (here if wait.again else here + 1)
         if wait.released is not None:
             counters[wait.released] -= HELD
@@ -233,7 +233,7 @@ class Scheduler:
             self.again |= wait.lanes
         self.reason = f"{wait.reason}  [{ins.text[:160]}]"
         moved = self.m.alive if self.m.mask is None else self.m.mask
-        self.executed += bool(not wait.again or (moved & ~wait.lanes).any())
+        self.executed += bool(wait.done and (not wait.again or (moved & ~wait.lanes).any()))
 
     def _branch(self, ins: Instruction, mask: Array | None, here: int) -> None:
         self.executed += 1

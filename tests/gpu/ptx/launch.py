@@ -9,18 +9,30 @@ from limber_fast.kernels.catalogue import Case
 from limber_fast.report.aot import compile_case
 
 from .execute import Counts, execute
+from .tma import descriptor_arguments
 
 
 def run_case(case: Case, target: str, grid: Sequence[int], arguments: Mapping[str, Any], **options: Any) -> Counts:
     """Launch `case` as compiled for `target` on CPU tensors.
 
-    arguments: by the kernel's own names, without its constants.
+    arguments: by the kernel's own names, without its constants; a TensorDescriptor where the case has one.
     options: of `execute`; `ptx` runs another text than the compiled one, such as a mutant.
     """
     build = compile_case(case, target)
-    values = [arguments[name] for name in case.kernel.arg_names if name not in case.constants]
+    described = iter(build.metadata.tensordesc_meta or ())
+    values: list[Any] = []
+    tensors = list(options.pop("tensors", ()))
+    for name in case.kernel.arg_names:
+        if name in case.constants:
+            continue
+        value = arguments[name]
+        if case.signature[name].startswith("tensordesc"):
+            tensors.append(value.base)
+            values += descriptor_arguments(value, next(described))
+        else:
+            values.append(value)
     text = options.pop("ptx", build.ptx)
     return execute(
         text, grid, (build.threads,), values, shared_bytes=build.metadata.shared,
-        scratch_bytes=build.metadata.global_scratch_size, **options,
+        scratch_bytes=build.metadata.global_scratch_size, tensors=tensors, **options,
     )  # fmt: skip

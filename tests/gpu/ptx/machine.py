@@ -16,6 +16,8 @@ from .parse import Immediate, Kernel, Register, Special, Symbol
 from .values import PREDICATE, UNSIGNED, WARP, Array, PtxTrap, Type, UnknownInstruction, decode, encode
 
 if TYPE_CHECKING:
+    from .control import BlockBarriers
+    from .mbarrier import Barrier
     from .queues import GroupQueue
     from .races import RaceDetector
     from .stats import Recorder
@@ -36,6 +38,7 @@ class Machine:
         self.block_of = np.repeat(np.arange(self.block_count), self.block_lanes)
         self.shared_base = self.block_of * self.shared.stride
         self.thread = np.tile(np.arange(self.block_lanes, dtype=np.uint32), self.block_count)
+        self.warp_of = self.thread.astype(np.int64) // WARP
         self.all_lanes = np.arange(self.lanes)
         self.alive = self.thread < self.threads
         self.special = self._special_registers(grid, block, blocks)
@@ -46,7 +49,14 @@ class Machine:
         self.copies: GroupQueue
         self.bulk_stores: GroupQueue
         self.products: GroupQueue
-        self.barriers: dict[tuple[int, int], Any] = {}
+        self.block_barriers: BlockBarriers
+        self.barriers: dict[tuple[int, int], Barrier] = {}
+        """mbarriers by block and shared address."""
+        self.accumulators: dict[str, Array] = {}
+        """Registers that wgmma is writing, by name, and how many products are under way per lane."""
+        self.pending: dict[tuple[str, ...], Array] = {}
+        self.fenced: dict[str, Array] = {}
+        """The registers as the last wgmma.fence saw them."""
         self.races: RaceDetector | None = None
         self.recorder: Recorder | None = None
 
@@ -73,7 +83,7 @@ class Machine:
         if kind is Register:
             value = self.registers.get(operand.name)
             if value is None or self.undefined:
-                self._require_defined(operand.name)
+                self.require_defined(operand.name)
             return value if value.dtype.itemsize * 8 == width else value.astype(UNSIGNED[width])
         if kind is Immediate:
             return np.array(operand.bits & ((1 << width) - 1), UNSIGNED[width])
@@ -91,7 +101,7 @@ class Machine:
                 return table[name]
         raise UnknownInstruction(f"symbol {name}")
 
-    def _require_defined(self, name: str) -> None:
+    def require_defined(self, name: str) -> None:
         if name not in self.registers:
             if name in self.kernel.register_bits:
                 raise PtxTrap(f"register {name} is read before it is written, or while a wgmma is writing it")
@@ -106,7 +116,7 @@ class Machine:
         name = operand.name
         value = self.registers.get(name.lstrip("!"))
         if value is None or self.undefined:
-            self._require_defined(name.lstrip("!"))
+            self.require_defined(name.lstrip("!"))
         return ~value if name[0] == "!" else value
 
     def value(self, operand: Any, kind: Type) -> Array:
@@ -124,9 +134,10 @@ class Machine:
 
     def write(self, register: Any, bits: Array) -> None:
         """Write register bits in the active lanes; a wider register is zero-extended."""
-        name = register.name
-        if name == "_":
-            return
+        if register.name != "_":
+            self.write_named(register.name, bits)
+
+    def write_named(self, name: str, bits: Array) -> None:
         width = self.kernel.register_bits[name]
         bits = np.asarray(bits)
         if width > 1 and bits.dtype.itemsize * 8 != width:

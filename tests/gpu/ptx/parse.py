@@ -105,13 +105,9 @@ class Kernel:
     instructions: list[Instruction]
 
 
+@lru_cache(32)
 def parse(ptx: str, entry: str | None = None) -> Kernel:
     """The kernel named `entry` (or containing it in its mangled name); the only one where `entry` is None."""
-    return _parse_cached(ptx, entry)
-
-
-@lru_cache(32)
-def _parse_cached(ptx: str, entry: str | None) -> Kernel:
     text = re.sub(r"//\s*implicit-def:\s*(%\w+)", rf"{IMPLICIT_DEFINITION} \1;", ptx)
     text = re.sub(r"//[^\n]*|/\*.*?\*/", " ", text, flags=re.S)
     header = _find_entry(text, entry)
