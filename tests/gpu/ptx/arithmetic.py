@@ -12,7 +12,7 @@ import numpy as np
 
 from .machine import Machine
 from .opcodes import opcode, refuse
-from .parse import Instruction
+from .syntax import Instruction
 from .values import FLOAT, SIGNED, UNSIGNED, Array, Type, flush_denormals, pack, unpack
 
 UNMODELLED_ROUNDING = ("rz", "rm", "rp", "cc")

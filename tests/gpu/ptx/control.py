@@ -11,7 +11,7 @@ import numpy as np
 
 from .machine import Machine
 from .opcodes import opcode
-from .parse import Instruction
+from .syntax import Instruction
 from .values import WARP, Array, UnknownInstruction
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from .machine import Machine
 from .memory import LOCAL_WINDOW, PARAMETER_WINDOW, SHARED_WINDOW, WINDOW_BYTES
 from .opcodes import opcode, refuse
-from .parse import IMPLICIT_DEFINITION, Instruction, Symbol, Vector
+from .syntax import IMPLICIT_DEFINITION, Instruction, Symbol, Vector
 from .values import B64, F32, FLOAT, UNSIGNED, Array, Type, UnknownInstruction
 
 from .values import encode, flush_denormals, pack, round_tf32  # isort: skip

@@ -7,7 +7,7 @@ import numpy as np
 from .machine import Machine
 from .memory import LOCAL_WINDOW, PARAMETER_WINDOW, READABLE_BIT, SHARED_WINDOW, WINDOW_BYTES, WRITTEN
 from .opcodes import opcode, refuse
-from .parse import Immediate, Instruction, Symbol, Vector
+from .syntax import Immediate, Instruction, Symbol, Vector
 from .values import PREDICATE, UNSIGNED, Array, PtxTrap, Type, UnknownInstruction, decode, encode, pack, unpack
 
 SPACES = ("global", "shared", "local", "param", "const")
@@ -60,7 +60,7 @@ def _load_space(m: Machine, space: str, addresses: Array, lanes: Array, width: i
     size = width // 8 * count
     if space == "global":
         if m.recorder:
-            m.recorder.global_access(addresses, lanes, size)
+            m.recorder.access("global", addresses, lanes, size)
         return m.memory.load(addresses, width, count)
     if space == "shared":
         m.shared.check_range(addresses, size)
@@ -68,7 +68,7 @@ def _load_space(m: Machine, space: str, addresses: Array, lanes: Array, width: i
         if m.races:
             m.races.read(positions, size, lanes)
         if m.recorder:
-            m.recorder.shared_access(addresses, lanes, size)
+            m.recorder.access("shared", addresses, lanes, size)
         return m.shared.load(positions, width, count)
     if space == "local":
         return m.local.load(addresses, lanes, width, count)
@@ -96,7 +96,7 @@ def _store_space(m: Machine, space: str, addresses: Array, lanes: Array, width: 
     size = width // 8 * values.shape[1]
     if space == "global":
         if m.recorder:
-            m.recorder.global_access(addresses, lanes, size)
+            m.recorder.access("global", addresses, lanes, size)
         m.memory.store(addresses, width, values)
     elif space == "shared":
         m.shared.check_range(addresses, size)
@@ -104,7 +104,7 @@ def _store_space(m: Machine, space: str, addresses: Array, lanes: Array, width: 
         if m.races:
             m.races.write(positions, size, lanes)
         if m.recorder:
-            m.recorder.shared_access(addresses, lanes, size)
+            m.recorder.access("shared", addresses, lanes, size)
         m.shared.store(positions, width, values)
     elif space == "local":
         m.local.store(addresses, lanes, width, values)
@@ -169,6 +169,7 @@ def atomic(m: Machine, ins: Instruction) -> None:
     addresses = m.address(ins.operands[first])[lanes]
     operands = [m.full_bits(o, kind.bits)[lanes] for o in ins.operands[first + 1 :]]
     previous, waiting = np.zeros(lanes.size, UNSIGNED[kind.bits]), np.arange(lanes.size)
+    recorder, m.recorder = m.recorder, None
     while waiting.size:
         _, turn = np.unique(addresses[waiting], return_index=True)
         now = waiting[np.sort(turn)]
@@ -177,6 +178,10 @@ def atomic(m: Machine, ins: Instruction) -> None:
         store_lanes(m, space, addresses[now], lanes[now], kind.bits, new[:, None])
         previous[now] = old
         waiting = np.setdiff1d(waiting, now)
+    m.recorder = recorder
+    if recorder:
+        for where, positions, inside in by_space(space, addresses):
+            recorder.access(where, inside, lanes[positions], kind.bytes)
     if ins.opcode == "atom":
         m.write(ins.operands[0], spread(m, previous, lanes))
 
@@ -207,10 +212,10 @@ def copy_async(m: Machine, ins: Instruction) -> None:
         # One look at the bounds now, so that the trap names this instruction and not its wait.
         m.memory.locate(source[taken == size], size) if (taken == size).any() else None
         if m.recorder:
-            m.recorder.global_access(source[taken > 0], lanes[taken > 0], size)
+            m.recorder.access("global", source[taken > 0], lanes[taken > 0], size)
     positions = target.astype(np.int64) + m.shared_base[lanes]
     if m.recorder:
-        m.recorder.shared_access(target, lanes, size)
+        m.recorder.access("shared", target, lanes, size)
     if m.races:
         m.races.start_write(positions, size, lanes)
     m.shared.start_copy(positions, 32, size // 4)

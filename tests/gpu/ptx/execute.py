@@ -18,9 +18,10 @@ from .control import BlockBarriers, Wait
 from .machine import Machine
 from .memory import GlobalMemory
 from .opcodes import find_handler, opcode
-from .parse import Instruction, Kernel, parse
+from .parse import parse
 from .queues import GroupQueue
 from .races import RaceDetector
+from .syntax import Instruction, Kernel
 from .values import WARP, Array, PtxTrap, UnknownInstruction
 
 # Importing a module puts its opcodes into the table.
@@ -169,6 +170,8 @@ class Scheduler:
     def _step(self, here: int, mask: Array | None) -> None:
         m, ins = self.m, self.program[here]
         m.mask = mask
+        if m.recorder:
+            m.recorder.instruction = ins
         try:
             if ins.guard is not None:
                 active = self._guarded(ins, mask)

@@ -6,7 +6,7 @@ import numpy as np
 
 from .machine import Machine
 from .opcodes import opcode
-from .parse import Instruction
+from .syntax import Instruction
 from .values import B32, PREDICATE, UNSIGNED, Type
 
 BITWISE = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .memory import GlobalMemory, LocalMemory, SharedMemory
-from .parse import Immediate, Kernel, Register, Special, Symbol
+from .syntax import Immediate, Kernel, Register, Special, Symbol
 from .values import PREDICATE, UNSIGNED, WARP, Array, PtxTrap, Type, UnknownInstruction, decode, encode
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ class Machine:
         self.block_barriers: BlockBarriers
         self.barriers: dict[tuple[int, int], Barrier] = {}
         """mbarriers by block and shared address."""
+        self.published_maps: set[int] = set()
+        """Addresses of tensor maps that no fence has acquired yet."""
         self.accumulators: dict[str, Array] = {}
         """Registers that wgmma is writing, by name, and how many products are under way per lane."""
         self.pending: dict[tuple[str, ...], Array] = {}

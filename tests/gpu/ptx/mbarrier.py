@@ -14,7 +14,7 @@ from .control import Wait
 from .machine import Machine
 from .memory import WRITTEN
 from .opcodes import opcode, refuse
-from .parse import Address, Instruction
+from .syntax import Address, Instruction
 from .values import B64, PREDICATE, Array, PtxTrap
 
 

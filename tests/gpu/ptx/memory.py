@@ -150,6 +150,15 @@ class SharedMemory:
         self.require_settled(index, width)
         self.state_views[width][index] = repeated(IN_FLIGHT, width)
 
+    def start_bulk_copy(self, positions: Array, width: int) -> None:
+        """The asynchronous proxy begins to write, where no ordinary write may still be under way."""
+        index = _positions(positions, width, 1)
+        unfenced = self.state_views[width][index] == repeated(WRITTEN, width)
+        if unfenced.any():
+            at = int(index[unfenced][0]) * (width // 8) % self.stride
+            raise PtxTrap(f"bulk copy to shared memory at byte {at}, written before, without fence.proxy.async")
+        self.start_copy(positions, width)
+
     def finish_copy(self, positions: Array, width: int, values: Array, state: int) -> None:
         index = _positions(positions, width, values.shape[1])
         self.views[width][index] = values

@@ -9,7 +9,7 @@ from .values import UnknownInstruction
 
 if TYPE_CHECKING:
     from .machine import Machine
-    from .parse import Instruction
+    from .syntax import Instruction
 
 Handler = Callable[["Machine", "Instruction"], Any]
 HANDLERS: dict[str, Handler] = {}

@@ -7,112 +7,36 @@ stored with the scope's number, so that the same text pasted twice does not coll
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from bisect import bisect_right
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
-from .values import Type, UnknownInstruction, parse_type
-
-IMPLICIT_DEFINITION = "implicit_def"
-
-
-@dataclass(frozen=True)
-class Register:
-    name: str
-
-
-@dataclass(frozen=True)
-class Immediate:
-    bits: int
-
-
-@dataclass(frozen=True)
-class Special:
-    """A read-only register such as %tid.x."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class Symbol:
-    """A parameter, a shared variable or a label."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class Vector:
-    items: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Address:
-    base: Any
-    offset: int
-
-
-@dataclass(frozen=True)
-class TensorAddress:
-    """`[descriptor, {coordinates}]`, innermost coordinate first."""
-
-    descriptor: Any
-    coordinates: tuple[Any, ...]
-
-
-@dataclass
-class Instruction:
-    text: str
-    parts: tuple[str, ...]
-    operands: list[Any]
-    guard: str | None = None
-    guard_negated: bool = False
-    target: int = -1
-    handler: Callable[..., Any] | None = None
-    cache: dict[str, Any] = field(default_factory=dict)
-    """What a handler works out from the text once."""
-
-    def __post_init__(self) -> None:
-        self.opcode = self.parts[0]
-        self.modifiers = frozenset(self.parts[1:])
-        types = [t for t in map(parse_type, self.parts[1:]) if t]
-        self.types: tuple[Type, ...] = tuple(types)
-
-    @property
-    def type(self) -> Type:
-        """The last type named, which is the operands' type in all but the conversions."""
-        if not self.types:
-            raise UnknownInstruction(f"no type in: {self.text}")
-        return self.types[-1]
-
-
-@dataclass
-class Parameter:
-    name: str
-    offset: int
-    size: int
-
-
-@dataclass
-class Kernel:
-    name: str
-    parameters: list[Parameter]
-    register_bits: dict[str, int]
-    shared: dict[str, int]
-    static_shared: int
-    local: dict[str, int]
-    local_bytes: int
-    instructions: list[Instruction]
+from .syntax import (
+    IMPLICIT_DEFINITION,
+    Address,
+    Immediate,
+    Instruction,
+    Kernel,
+    Parameter,
+    Register,
+    Special,
+    Symbol,
+    TensorAddress,
+    Vector,
+)  # fmt: skip
+from .values import UnknownInstruction, parse_type
 
 
 @lru_cache(32)
 def parse(ptx: str, entry: str | None = None) -> Kernel:
     """The kernel named `entry` (or containing it in its mangled name); the only one where `entry` is None."""
     text = re.sub(r"//\s*implicit-def:\s*(%\w+)", rf"{IMPLICIT_DEFINITION} \1;", ptx)
-    text = re.sub(r"//[^\n]*|/\*.*?\*/", " ", text, flags=re.S)
+    text = re.sub(r"//[^\n]*|/\*.*?\*/", lambda comment: "\n" * comment[0].count("\n"), text, flags=re.S)
     header = _find_entry(text, entry)
     body = text[header.end() : _closing_brace(text, header.end())]
-    parser = _BodyParser(header[1])
+    newlines = [at.start() for at in re.finditer("\n", text)]
+    parser = _BodyParser(header[1], header.end(), newlines)
     for name in re.findall(r"\.extern\s+\.shared[^;]*?([\w$]+)\s*\[\s*\]", text):
         parser.dynamic_shared.append(name)
     for declaration in re.findall(r"^\s*((?:\.visible\s+)?\.shared[^;]*);", text[: header.start()], re.M):
@@ -170,8 +94,8 @@ def split_operands(text: str) -> list[str]:
 
 
 class _BodyParser:
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, start: int, newlines: list[int]) -> None:
+        self.name, self.start, self.newlines = name, start, newlines
         self.registers: dict[str, int] = {}
         self.shared: dict[str, int] = {}
         self.shared_bytes = 0
@@ -185,8 +109,8 @@ class _BodyParser:
         self.scope_count = 0
 
     def finish(self, body: str, parameters: list[Parameter]) -> Kernel:
-        for statement in self._statements(body):
-            self._statement(statement)
+        for statement, line in self._statements(body):
+            self._statement(statement, line)
         for instruction, scopes, label in self.branches:
             names = (f"{label}@{s}" for s in reversed(scopes))
             instruction.target = next((self.labels[n] for n in names if n in self.labels), -1)
@@ -198,12 +122,14 @@ class _BodyParser:
             self.name, parameters, self.registers, self.shared, start, self.local, self.local_bytes, self.instructions
         )
 
-    def _statements(self, body: str) -> Iterator[str]:
-        """Statements without their semicolons; labels end in a colon; braces and directives are acted on here."""
+    def _statements(self, body: str) -> Iterator[tuple[str, int]]:
+        """Statements without their semicolons, and their lines. Labels, braces and directives are acted on here."""
         line_directive = re.compile(r"\.(loc|file|section|maxntid|reqntid|minnctapersm|maxnreg)\b[^\n]*")
         label = re.compile(r"([\w$]+)\s*:(?!:)")
+        end = self.start - 1
         for chunk in body.split(";"):
-            rest = chunk.strip()
+            end += len(chunk) + 1
+            rest = chunk.lstrip()
             while rest:
                 if rest[0] == "{":
                     self.scope_count += 1
@@ -218,10 +144,10 @@ class _BodyParser:
                     self.labels[f"{found[1]}@{self.scopes[-1]}"] = len(self.instructions)
                     rest = rest[found.end() :].lstrip()
                 else:
-                    yield " ".join(rest.split())
+                    yield " ".join(rest.split()), bisect_right(self.newlines, end - len(rest))
                     break
 
-    def _statement(self, text: str) -> None:
+    def _statement(self, text: str, line: int) -> None:
         if text.startswith(".reg"):
             self._registers(text)
         elif text.startswith((".shared", ".local")):
@@ -231,7 +157,7 @@ class _BodyParser:
         elif text.startswith("."):
             raise UnknownInstruction(f"directive: {text}")
         else:
-            self._instruction(text)
+            self._instruction(text, line)
 
     def _registers(self, text: str) -> None:
         kind, names = re.match(r"\.reg\s*\.(\w+)\s+(.*)", text).groups()
@@ -257,7 +183,7 @@ class _BodyParser:
             self.local[found[5]] = -(-self.local_bytes // align) * align
             self.local_bytes = self.local[found[5]] + size
 
-    def _instruction(self, text: str) -> None:
+    def _instruction(self, text: str, line: int) -> None:
         rest, guard, negated = text, None, False
         if rest[0] == "@":
             predicate, rest = rest[1:].split(None, 1)
@@ -265,7 +191,7 @@ class _BodyParser:
             guard = self._scoped(predicate.lstrip("!"))
         opcode = re.match(r"[\w.:]+", rest)[0]
         operands = [self._operand(o) for o in split_operands(rest[len(opcode) :])]
-        instruction = Instruction(text, tuple(opcode.split(".")), operands, guard, negated)
+        instruction = Instruction(text, tuple(opcode.split(".")), operands, line, guard, negated)
         if instruction.opcode == "bra":
             self.branches.append((instruction, list(self.scopes), operands[0].name.split("@")[0]))
         self.instructions.append(instruction)

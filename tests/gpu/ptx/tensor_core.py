@@ -10,7 +10,7 @@ from .fragments import left_matrix, result_rows, right_matrix
 from .machine import Machine
 from .memory import READABLE_BIT
 from .opcodes import opcode, refuse
-from .parse import Instruction
+from .syntax import Instruction
 from .values import WARP, Array, UnknownInstruction
 
 
@@ -75,7 +75,7 @@ def _matrix_rows(m: Machine, address: object, matrices: int, warps: Array) -> tu
     m.shared.check_range(rows, 16)
     lanes = (warps * WARP)[:, None] + np.arange(8 * matrices)
     if m.recorder:
-        m.recorder.matrix_access(rows)
+        m.recorder.access("shared", rows.ravel(), lanes.ravel(), 16)
     return rows.astype(np.int64).ravel() + m.shared_base[lanes.ravel()], lanes.ravel()
 
 

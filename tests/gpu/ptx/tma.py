@@ -17,7 +17,7 @@ from .machine import Machine
 from .mbarrier import barrier_at, learn
 from .memory import ASYNC_READABLE_BIT, VISIBLE
 from .opcodes import opcode
-from .parse import Address, Immediate, Instruction, TensorAddress
+from .syntax import Address, Immediate, Instruction, TensorAddress
 from .values import Array, PtxTrap, UnknownInstruction, parse_type
 
 from .values import Type, decode, encode  # isort: skip
@@ -110,8 +110,17 @@ def publish_map(m: Machine, ins: Instruction) -> Wait | None:
         return wait
     leaders = m.whole_warps("tensormap.cp_fenceproxy")
     raw = load_lanes(m, "shared", m.address(ins.operands[1])[leaders], leaders, 8, MAP_BYTES)
-    store_lanes(m, "global", m.address(ins.operands[0])[leaders], leaders, 8, raw)
+    addresses = m.address(ins.operands[0])[leaders]
+    store_lanes(m, "global", addresses, leaders, 8, raw)
+    m.published_maps.update(map(int, addresses))
     return None
+
+
+@opcode("fence.proxy.tensormap::generic.acquire", "fence.proxy.tensormap::generic")
+def acquire_map(m: Machine, ins: Instruction) -> None:
+    """Without this a bulk copy may use what was at the map's address before."""
+    if "acquire" in ins.modifiers:
+        m.published_maps.difference_update(map(int, m.address(ins.operands[0])[m.active()]))
 
 
 @dataclass
@@ -134,6 +143,8 @@ def read_map(m: Machine, operand: TensorAddress, lane: int) -> np.void:
     address = m.full_bits(operand.descriptor, 64)[lane : lane + 1]
     if int(address[0]) % 64:
         raise PtxTrap(f"misaligned tensor map at {int(address[0]):#x}")
+    if int(address[0]) in m.published_maps:
+        raise PtxTrap("a bulk copy uses a tensor map before fence.proxy.tensormap has acquired it")
     ((space, _, inside),) = by_space("generic", address)
     parts = [load_lanes(m, space, inside + np.uint64(64 * i), np.array([lane]), 8, 64) for i in range(2)]
     fields = np.concatenate(parts, 1).view(FIELDS)[0, 0]
@@ -211,7 +222,7 @@ def _load_box(m: Machine, ins: Instruction, lane: int) -> None:
     barrier = barrier_at(m, int(m.address(barrier_address)[lane]), block)
     if box.inside.any():
         m.memory.locate(box.addresses[box.inside], box.width // 8)
-    m.shared.start_copy(box.positions, box.width)
+    m.shared.start_bulk_copy(box.positions, box.width)
     lanes = np.full(box.positions.size, lane)
     if m.races:
         m.races.start_write(box.positions, box.width // 8, lanes)

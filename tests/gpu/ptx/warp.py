@@ -9,7 +9,7 @@ import numpy as np
 from .control import Wait, missing_members
 from .machine import Machine
 from .opcodes import opcode, refuse
-from .parse import Instruction
+from .syntax import Instruction
 from .values import WARP, Array, PtxTrap, decode, encode
 
 LANE = np.arange(WARP)

@@ -17,7 +17,7 @@ from .fragments import element_values, elements_per_word, left_matrix
 from .machine import Machine
 from .memory import ASYNC_READABLE_BIT
 from .opcodes import opcode, refuse
-from .parse import Immediate, Instruction, Vector
+from .syntax import Immediate, Instruction, Vector
 from .tensor_core import warp_words
 from .values import Array, PtxTrap, UnknownInstruction
 
