@@ -2,12 +2,15 @@
 #   make demo [MINUTES=5]   train a small CLIP with the fused loss and write limber_fast_demo/report.html
 #   make test               the test suite
 #   make bench              ratios against eager PyTorch, as JSON and one page
-#   make gpu                the tests and benchmarks that need a CUDA device
+#   make gpu                checks of the GPU code; with a CUDA device also its tests, benchmarks and modelled bounds
+#   make gpu-matrix         the same checks under Triton 3.6, 3.8 and 3.9 [BUILDS=all: every build on every chip]
 #   make lint | clean
 
 PYTHON ?= python3
 VENV ?= .venv
 MINUTES ?= 5
+BUILDS ?= first
+BENCH ?=
 
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
@@ -23,7 +26,7 @@ ifneq ($(ORIGIN),$(shell cat $(STAMP) 2>/dev/null))
 $(shell rm -f $(STAMP))
 endif
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint bench gpu gpu-matrix clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -39,12 +42,17 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(RUN) -m limber_fast bench
 
+# BENCH holds more options: BENCH='--compare old/bench.json --fail-over 10%'
 gpu: $(STAMP)
+	$(RUN) -m pytest tests/gpu
 	@found=$$($(RUN) -c 'import torch; print(torch.cuda.is_available())') && if [ "$$found" = True ]; then \
-	  $(RUN) -m pytest -m cuda && $(RUN) -m limber_fast bench -k cuda; \
+	  $(RUN) -m pytest -m cuda && $(RUN) -m limber_fast bench -k cuda $(BENCH) && $(RUN) -m limber_fast bench --modelled; \
 	else \
-	  echo 'make gpu: no CUDA device: nothing was run'; \
+	  echo 'make gpu: no CUDA device: the kernels were compiled and checked, nothing was run on a GPU'; \
 	fi
+
+gpu-matrix: $(STAMP)
+	.ci/gpu-matrix $(RUN) $(BUILDS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info limber_fast/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -26,7 +26,7 @@ class Case:
 
     Args:
         kernel: the @triton.jit function.
-        name: unique within the file, such as "info_nce_fwd_kernel/128x128x64-bf16".
+        name: the kernel's, then what sets this build apart: "info_nce_fwd_kernel/128x128x64-bf16".
         signature: type of every argument that is not in `constants`, in Triton's spelling: "*bf16", "i32", "fp32",
             "tensordesc<bf16[128, 64]>" for a descriptor made on the host.
         constants: value of every tl.constexpr argument, and of arguments specialised away (a pointer that is None).

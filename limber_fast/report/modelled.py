@@ -30,6 +30,7 @@ from limber_fast.report import page
 from limber_fast.report.aot import chips, compile_case, gate, sass
 from limber_fast.report.aot.build import Build
 from limber_fast.report.aot.chips import CHIPS, WARP, Chip
+from limber_fast.report.aot.pool import compile_ahead
 
 FAILED = 1
 LABEL = "modelled lower bound, no GPU run"
@@ -41,6 +42,16 @@ _ALU = frozenset(
 )
 _SHARED = frozenset(("LDS", "LDSM", "SHFL", "STS", "STSM"))
 _WORDS = re.compile(r"\.(?:(?P<bits>64|128)|M\w*88\.(?P<matrices>[24]))\b")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A case of the catalogue and its place there."""
+
+    file: str
+    position: int
+    case: Case
+    work: Work
 
 
 @dataclass(frozen=True)
@@ -132,16 +143,18 @@ def main(args: argparse.Namespace, console: Console) -> int:
         console.error(f"no kernel with {args.select!r} in its name" if args.select else f"no kernel for {target}")
         return FAILED
 
-    rows, failures = [], []
     with console.progress(f"compiling for {target}", total=len(chosen)) as update:
-        for done, (stem, case, work) in enumerate(chosen, 1):
-            build = compile_case(case, target)
-            if target in CHIPS:
-                failures += gate(case, target)
-                rows.append(row(stem, build, case, work, CHIPS[target]))
-            else:
-                rows.append(_needs(stem, build, case, work))
-            update(done, kernel=case.name)
+        places = [(one.file, one.position) for one in chosen]
+        for done, name in enumerate(compile_ahead(target, places, _catalogue_of(target)), 1):
+            update(done, kernel=name)
+    rows, failures = [], []
+    for one in chosen:
+        build = compile_case(one.case, target)
+        if target in CHIPS:
+            failures += gate(one.case, target)
+            rows.append(row(one, build, CHIPS[target]))
+        else:
+            rows.append(_needs(one, build))
 
     args.output.mkdir(parents=True, exist_ok=True)
     result = {"label": LABEL, "target": target, "ceilings": ceilings(target), "rows": rows, "failures": failures}
@@ -154,22 +167,26 @@ def main(args: argparse.Namespace, console: Console) -> int:
     return FAILED if failures else 0
 
 
-def select(target: str, part: str | None) -> list[tuple[str, Case, Work]]:
-    """(file, case, work) of what has `part` in its name. An AMD target takes the cases of sm_80, which need no TMA."""
-    listed = catalogue.cases(target if target in CHIPS else "sm_80")
+def select(target: str, part: str | None) -> list[Entry]:
+    """What has `part` in its name."""
     return [
-        (stem, case, work)
-        for stem, entries in listed.items()
-        for case, work in entries
+        Entry(file, position, case, work)
+        for file, listed in catalogue.cases(_catalogue_of(target)).items()
+        for position, (case, work) in enumerate(listed)
         if part is None or part in case.name
     ]
 
 
-def row(stem: str, build: Build, case: Case, work: Work, chip: Chip) -> dict[str, Any]:
+def _catalogue_of(target: str) -> str:
+    """An AMD target takes the cases of sm_80, which need no tensor memory accelerator."""
+    return target if target in CHIPS else "sm_80"
+
+
+def row(entry: Entry, build: Build, chip: Chip) -> dict[str, Any]:
     """One line of the report as flat values; seconds are modelled."""
-    found = bound(build, work, chip)
+    found = bound(build, entry.work, chip)
     fitting = chips.occupancy(chip, build.registers, build.shared, build.threads)
-    return _needs(stem, build, case, work) | {
+    return _needs(entry, build) | {
         "blocks_per_sm": fitting.blocks,
         "warps_per_sm": fitting.warps,
         "occupancy_limiter": fitting.limiter,
@@ -190,9 +207,9 @@ def ceilings(target: str) -> dict[str, Any]:
     return {"chip": chip.name, **rates, "lanes_per_cycle": guide}
 
 
-def _needs(stem: str, build: Build, case: Case, work: Work) -> dict[str, Any]:
+def _needs(entry: Entry, build: Build) -> dict[str, Any]:
     return {
-        "file": stem, "case": case.name, "shape": work.shape, "registers": build.registers,
+        "file": entry.file, "case": entry.case.name, "shape": entry.work.shape, "registers": build.registers,
         "spills": build.spill_loads + build.spill_stores, "shared_bytes": build.shared, "threads": build.threads,
         "tensor_core": build.tensor_core, "async_copies": build.async_copies,
     }  # fmt: skip

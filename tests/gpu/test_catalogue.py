@@ -1,0 +1,55 @@
+"""Every build that a launcher can ask for passes the gate on every chip.
+
+By default the first build of each kernel, for one chip; LIMBER_FAST_GPU_BUILDS=all checks all of them on all chips, as
+`make gpu-matrix BUILDS=all` does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from limber_fast.kernels import catalogue
+from limber_fast.kernels.catalogue import TARGETS, Case
+from limber_fast.report.aot import gate, pool
+
+ALL = os.environ.get("LIMBER_FAST_GPU_BUILDS") == "all"
+
+
+def chosen(target: str) -> Iterator[tuple[str, int, Case]]:
+    """File, position and case of the builds that this run checks."""
+    seen = set()
+    for file, listed in catalogue.cases(target).items():
+        for position, (case, _) in enumerate(listed):
+            if ALL or case.kernel not in seen:
+                yield file, position, case
+            seen.add(case.kernel)
+
+
+@pytest.mark.parametrize("target", TARGETS if ALL else ("sm_90",))
+def test_builds_pass_the_gate(target):
+    builds = list(chosen(target))
+    list(pool.compile_ahead(target, [(file, position) for file, position, _ in builds]))
+    failures = [failure for _, _, case in builds for failure in gate(case, target)]
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_cases_are_named_and_their_work_is_counted(target):
+    for file, listed in catalogue.cases(target).items():
+        for case, work in listed:
+            assert work.programs >= 1 and work.loop_trips >= 1 and work.outer_trips >= 1, case.name
+            assert work.dram_bytes > 0 and min(work.flops, work.l2_bytes) >= 0, case.name
+            assert case.name.partition("/")[0] == case.kernel.__name__, f"{file}: {case.name}"
+
+
+def test_cases_compile_in_other_processes(monkeypatch):
+    builds = list(chosen("sm_90"))[:2]
+    if len(builds) < 2:
+        pytest.skip("the catalogue is empty")
+    monkeypatch.setattr(pool, "CASES_PER_PROCESS", 1)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    names = list(pool.compile_ahead("sm_90", [(file, position) for file, position, _ in builds]))
+    assert names == [case.name for _, _, case in builds]
