@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "../params/info_nce.h"
 #include "exp2.h"
 #include "tile_gemm.h"
 

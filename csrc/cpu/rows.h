@@ -3,7 +3,7 @@
 #pragma once
 #include <cmath>
 
-#include "../params/info_nce.h"
+#include "../params/dtype.h"
 #include "buffer.h"
 #include "simd.h"
 #include "tile_amx.h"
@@ -35,6 +35,15 @@ struct BF16 {
 };
 #endif
 
+// bf16 products run natively where the instruction set has them; all else is widened to fp32 when packed.
+template <class F>
+void with_arithmetic([[maybe_unused]] Dtype dtype, F f) {
+#if defined(LIMBER_BF16_PAIRS)
+  if (dtype == Dtype::bf16) return f(BF16{});
+#endif
+  f(F32{});
+}
+
 // Dwords that `n` neighbours along k take in a packed operand.
 template <class Op>
 constexpr int64_t dwords(int64_t n) {
@@ -55,6 +64,16 @@ inline void store_from_float(Dtype t, void* p, int64_t d, simd::vec v, int64_t l
     simd::store_bf16((uint16_t*)p + d, v, left);
   else
     simd::store_f16((uint16_t*)p + d, v, left);
+}
+
+// W dwords of a row from feature d on, `left` features before its end; zeros beyond.
+template <class Op>
+simd::vec load_dwords([[maybe_unused]] Dtype t, const void* row, int64_t d, int64_t left) {
+  if constexpr (Op::P == 1) return load_as_float(t, row, d, left);
+#if defined(LIMBER_BF16_PAIRS)
+  else
+    return simd::load_pairs((const uint16_t*)row + d, left);
+#endif
 }
 
 // Rows 0 .. split-1 of one matrix followed by those of another (the text tower and its extra negatives).

@@ -80,47 +80,48 @@ static inline void gemm_tile(int R, int64_t K, const float* A, const float* B, f
     for (int64_t j = 0; j < cols; j++) C[r * ldc + j] = edge[r * NR + j] + (accumulate ? C[r * ldc + j] : 0.f);
 }
 
+// A matrix to be packed is any `Source` with rows: load<Op>(row, end, feature) gives dwords as Rows does.
 // Transposed panels: dst[panel][k][WIDTH] dwords from rows begin .. end-1, WIDTH rows a panel, zero padded; k runs over
 // all of D.
-template <class Op, int WIDTH>
-static void pack_transposed(const Rows& rows, int64_t begin, int64_t end, float* dst) {
+template <class Op, int WIDTH, class Source>
+static void pack_transposed(const Source& rows, int64_t begin, int64_t end, float* dst) {
   constexpr int W = simd::W;
   const int64_t Kd = dwords<Op>(rows.D);
   for (int64_t p = begin; p < end; p += WIDTH, dst += Kd * WIDTH)
     for (int h = 0; h < WIDTH; h += W)
       for (int64_t k = 0; k < Kd; k += W) {
         simd::vec v[W];
-        for (int i = 0; i < W; i++) v[i] = rows.load<Op>(h + i < WIDTH ? p + h + i : end, end, k * Op::P);
+        for (int i = 0; i < W; i++) v[i] = rows.template load<Op>(h + i < WIDTH ? p + h + i : end, end, k * Op::P);
         simd::transpose(v);
         for (int i = 0; i < W && k + i < Kd; i++) simd::store_first(dst + (k + i) * WIDTH + h, v[i], WIDTH - h);
       }
 }
 
 // What a register tile reads as A: panels of MR rows, transposed, or AMX's [step][half][16][16] (tile_amx.h).
-template <class Op>
-static void pack_rows(const Rows& rows, int64_t begin, int64_t end, float* dst) {
+template <class Op, class Source>
+static void pack_rows(const Source& rows, int64_t begin, int64_t end, float* dst) {
   if constexpr (!Op::TILES)
     return pack_transposed<Op, Op::MR>(rows, begin, end, dst);
   else
     for (int64_t p = begin; p < end; p += Op::MR)
       for (int64_t d = 0; d < rows.D; d += Op::P * Op::K_STEP)
-        for (int r = 0; r < Op::MR; r++, dst += simd::W) simd::store(dst, rows.load<Op>(p + r, end, d));
+        for (int r = 0; r < Op::MR; r++, dst += simd::W) simd::store(dst, rows.template load<Op>(p + r, end, d));
 }
 
 // Natural panel: dst[k][NR] dwords for features d .. d+NR-1 of rows begin .. end-1; k is a row, or a pair of rows for
 // bf16.
-template <class Op>
-static void pack_natural(const Rows& rows, int64_t begin, int64_t end, int64_t d, float* dst) {
+template <class Op, class Source>
+static void pack_natural(const Source& rows, int64_t begin, int64_t end, int64_t d, float* dst) {
   constexpr int W = simd::W;
   const int64_t padded = begin + dwords<Op>(end - begin) * Op::P;
   for (int64_t i = begin; i < padded; i += Op::P, dst += NR) {
     if constexpr (Op::P == 1)
       for (int h = 0; h < 2; h++)
-        simd::store(dst + h * W, d + h * W < rows.D ? rows.load<Op>(i, end, d + h * W) : simd::zero());
+        simd::store(dst + h * W, d + h * W < rows.D ? rows.template load<Op>(i, end, d + h * W) : simd::zero());
 #if defined(LIMBER_BF16_PAIRS)
     else {
       simd::vec lo, hi;
-      simd::zip_rows(rows.load<Op>(i, end, d), rows.load<Op>(i + 1, end, d), lo, hi);
+      simd::zip_rows(rows.template load<Op>(i, end, d), rows.template load<Op>(i + 1, end, d), lo, hi);
       simd::store(dst, lo);
       simd::store(dst + W, hi);
     }

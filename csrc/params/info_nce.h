@@ -3,11 +3,9 @@
 // N image rows, M text rows, K extra negatives (columns M .. M+K-1, image-to-text direction only), D features.
 // Every row is contiguous in D; gradients are contiguous. State arrays are [field][row], fields as named below.
 #pragma once
-#include <cstdint>
+#include "dtype.h"
 
 namespace limber {
-
-enum class Dtype : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
 
 // Fields of the per-row (and per-column) state that the forward leaves for the backward and for the caller.
 enum InfoNceField {

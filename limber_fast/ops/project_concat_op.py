@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,20 +48,24 @@ def _backend(
 
 
 def _positions(input_ids: Tensor, image_token_id: int, n_images: int, k: int, vocabulary: int) -> Tensor:
-    """[n_images k] int64: the places of the image tokens in input_ids.reshape(-1), in reading order."""
-    is_image = input_ids == image_token_id
-    positions = is_image.reshape(-1).nonzero().reshape(-1)
-    right = positions.numel() == n_images * k
-    if right and input_ids.numel():
-        low, high = input_ids.masked_fill(is_image, 0).aminmax()
-        right = (low >= 0) & (high < vocabulary)
-        if k > 1:  # images of k neighbours each, in one row: then every run is whole images
-            first, last = positions[::k], positions[k - 1 :: k]
-            length = max(input_ids.shape[1], 1)
-            right = right & ((last - first == k - 1) & (last // length == first // length)).all()
-    if not right:
-        checks.image_tokens("project_concat", input_ids.tolist(), image_token_id, n_images, k, vocabulary)
-    return positions
+    """[n_images k] int64: the places of the image tokens in input_ids.reshape(-1), in reading order.
+
+    Found on the host, whose one look at the ids also tells whether they keep the contract; in NumPy, because torch may
+    take threads for it, which a forked child must not wait for.
+    """
+    ids = input_ids.numpy(force=True)
+    is_image = ids == image_token_id
+    positions = np.flatnonzero(is_image)
+    images = positions.reshape(-1, k) if positions.size == n_images * k else None
+    text = np.where(is_image, 0, ids)
+    if (
+        images is None
+        or (text.size and not (text.min() >= 0 and text.max() < vocabulary))
+        or (images[:, -1] - images[:, 0] != k - 1).any()  # k neighbours each, in one row: every run is whole images
+        or (images[:, -1] // ids.shape[1] != images[:, 0] // ids.shape[1]).any()
+    ):
+        checks.image_tokens("project_concat", ids.tolist(), image_token_id, n_images, k, vocabulary)
+    return torch.from_numpy(positions).to(input_ids.device)
 
 
 def _forward(

@@ -50,23 +50,21 @@ def project_concat(
     layer_norm: tuple[Tensor | None, Tensor | None, float] | None = None,
 ) -> Tensor:
     """The inputs_embeds of `limber_fast.project_concat`, row by row."""
-    _, k, width = features.shape
-    soft_prompts = F.linear(features.reshape(-1, width), weight, bias)
+    soft_prompts = F.linear(features.flatten(0, 1), weight, bias)
     if dropout_p:
         mask = kept(seed, dropout_p, *soft_prompts.shape).to(soft_prompts.device)
         soft_prompts = soft_prompts * mask / (1 - dropout_p)
     if layer_norm is not None:
         soft_prompts = F.layer_norm(soft_prompts, soft_prompts.shape[1:], *layer_norm)
 
-    rows, taken = [], 0
+    images, rows = iter(soft_prompts.unbind(0)), []
     for token in input_ids.reshape(-1).tolist():
         if token == image_token_id:
-            rows.append(soft_prompts[taken])
-            taken += 1
+            rows.append(next(images))
         elif isinstance(embedding, tuple):
             rows.append(embedding[0][token].to(features.dtype) * embedding[1][token].to(features.dtype))
         else:
             rows.append(embedding[token].to(features.dtype))
-    if taken != len(soft_prompts):
-        raise ValueError(f"{taken} image tokens for {len(soft_prompts)} soft prompts of k = {k} per image")
+    if next(images, None) is not None:
+        raise ValueError("more soft prompts than image tokens")
     return torch.stack(rows).reshape(*input_ids.shape, -1)

@@ -1,0 +1,111 @@
+// What the forward and the backward of project_concat share: rows anywhere in memory, and products of packed blocks.
+//
+// Letters: rows = n_images k soft prompts, D features, E columns of the embedding. A 'strip' is MR rows of a block of
+// C, summed in fp32; its A stays in L1, part by part of k, while a block of B streams from L2.
+#pragma once
+#include <omp.h>
+
+#include "../params/project_concat.h"
+#include "dropout.h"
+#include "tile_gemm.h"
+
+namespace limber {
+
+template <class Op>
+struct ProjectBlocks {
+  static constexpr int MR = Op::MR;
+  static constexpr int COLUMNS = 256;         // widest block of C
+  static constexpr int LDC = COLUMNS + 16;    // keeps the rows of a strip out of each other's L1 sets
+  static constexpr int TALL = 256 / MR * MR;  // rows of a block of the weight's gradient
+  static constexpr int PART = 128;            // dwords of k
+  // What a packed block of B may take of L2: 2 MiB on machines with AMX, 1 MiB and less elsewhere.
+  static constexpr int64_t B_BYTES = Op::TILES ? 3 << 19 : 1 << 19;
+  static constexpr int64_t K_ROWS = 1024;  // rows that the weight's gradient sums before its next block of rows
+  // Columns of a block of B with `k` dwords: what fits, evenly split, and two blocks a thread where there are enough.
+  static int64_t columns(int64_t n, int64_t k, int threads) {
+    const int64_t fit = std::clamp<int64_t>(B_BYTES / (4 * std::max<int64_t>(k, 1)), NR, COLUMNS) / NR * NR;
+    const int64_t shared = std::max<int64_t>(round_up(ceil_div(n, 2 * threads), NR), NR), most = std::min(fit, shared);
+    return round_up(ceil_div(n, ceil_div(n, most)), NR);
+  }
+};
+
+// C[R x nb] (+)= A B over k dwords. A is read at row stride 1 and k stride KS, `panel` dwords lie between B's panels.
+template <class Op, int KS>
+static void multiply_strip(float* C, int64_t ldc, int R, int64_t k, const float* A, const float* B, int64_t panel,
+                           int64_t nb, bool accumulate) {
+  constexpr int64_t PART = ProjectBlocks<Op>::PART;
+  for (int64_t at = 0; at < k; at += PART)
+    for (int64_t j = 0; j < nb; j += NR)
+      gemm_tile<Op, 1, KS>(R, std::min(PART, k - at), A + at * KS, B + j / NR * panel + at * NR, C + j, ldc, NR,
+                           accumulate || at > 0);
+}
+
+// Rows at any places in memory, as the packing routines read them; with a mask its zeros are multiplied in.
+struct PlacedRows {
+  const void* base;
+  const int64_t* offset;  // [count] elements
+  int64_t count, D;
+  Dtype dtype;
+  const Dropout* dropout = nullptr;
+
+  const void* row(int64_t i) const { return (const char*)base + offset[i] * size_of(dtype); }
+
+  template <class Op>
+  simd::vec load(int64_t i, int64_t end, int64_t d) const {
+    if (i >= end) return simd::zero();
+    if (!dropout) return load_dwords<Op>(dtype, row(i), d, D - d);
+    simd::vec v[2];
+    floats<Op>(i, d, v);
+    return join<Op>(v);
+  }
+  // The Op::P W elements from column d on, as floats.
+  template <class Op>
+  void floats(int64_t i, int64_t d, simd::vec* v) const {
+    const void* p = row(i);
+    for (int h = 0; h < Op::P; h++) v[h] = load_as_float(dtype, p, d + h * simd::W, D - d - h * simd::W);
+    if (!dropout) return;
+    alignas(64) float keep[Op::P * simd::W];
+    dropout->factors<Op::P * simd::W>(dropout->key(i), d, 1.f, keep);
+    for (int h = 0; h < Op::P; h++) v[h] = simd::mul(v[h], simd::load(keep + h * simd::W));
+  }
+  template <class Op>
+  static simd::vec join(const simd::vec* v) {
+    if constexpr (Op::P == 1) return v[0];
+#if defined(LIMBER_BF16_PAIRS)
+    else
+      return simd::round_pairs(v[0], v[1]);
+#endif
+  }
+};
+
+inline int64_t prompt_rows(const ProjectConcatParams& p) { return p.n_images * p.k; }
+
+inline Buffer<int64_t> feature_offsets(const ProjectConcatParams& p) {
+  Buffer<int64_t> offset(prompt_rows(p));
+  for (int64_t i = 0, r = 0; i < p.n_images; i++)
+    for (int64_t j = 0; j < p.k; j++, r++) offset[r] = i * p.image_stride + j * p.row_stride;
+  return offset;
+}
+
+inline Rows weight_rows(const ProjectConcatParams& p) {
+  return {p.weight, nullptr, p.weight_stride, 0, p.E, p.E, p.D, p.dtype};
+}
+
+// Mean and 1 / standard deviation of a row, in two passes.
+struct RowMoments {
+  float mean, rstd;
+  RowMoments(Dtype t, const void* row, int64_t n, double eps) {
+    simd::vec s = simd::zero();
+    for (int64_t e = 0; e < n; e += simd::W) s = simd::add(s, load_as_float(t, row, e, n - e));
+    mean = simd::sum(s) / (float)n;
+    const simd::vec m = simd::set1(mean);
+    s = simd::zero();
+    for (int64_t e = 0; e < n; e += simd::W) {
+      const simd::vec x = simd::select(simd::first(n - e), simd::sub(load_as_float(t, row, e, n - e), m), simd::zero());
+      s = simd::fma(x, x, s);
+    }
+    rstd = (float)(1 / std::sqrt((double)(simd::sum(s) / (float)n) + eps));
+  }
+};
+
+}  // namespace limber
