@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import triton
 import triton.language as tl
 from triton.runtime import interpreter as stock
@@ -40,6 +41,7 @@ def interpreted() -> Iterator[None]:
         stack.enter_context(_interpreted_language())
         stack.enter_context(numerics.repaired())
         stack.enter_context(_one_blas_thread())
+        stack.enter_context(np.errstate(all="ignore"))  # infinities and NaN are values here, as on the GPU
         stack.enter_context(mock.patch.object(JITFunction, "run", _launch))
         stack.enter_context(mock.patch.object(JITFunction, "__call__", _call))
         triton.knobs.runtime.interpret = True

@@ -1,7 +1,8 @@
-"""bf16 and fp8 in Triton's interpreter, which computes on their bit patterns as if those were integers.
+"""bf16, fp8 and tf32 in Triton's interpreter, which computes on their bit patterns as if those were integers.
 
 It keeps a bf16 tensor as uint16 and converts on few paths: `a + b` adds the patterns, `tl.dot` multiplies them, casts
 cut instead of rounding to nearest. Here an operation widens its narrow operands to fp32 and rounds its result once.
+Products of fp32 that Triton would run in tf32 (its default) lose the bits they would lose on the GPU.
 """
 
 from __future__ import annotations
@@ -87,10 +88,22 @@ def _rounded(method: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]
 
 
 def _dot(method: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
-    def run(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:
-        return method(self, widen(a), widen(b), *rest)
+    """Products in fp32; of tf32 operands the tensor cores read the upper 19 bits, which Triton does not round to."""
+
+    def run(
+        self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, sums: TensorHandle, precision: Any, *rest: Any
+    ) -> TensorHandle:
+        read = _cut_to_tf32 if precision == stock._ir.INPUT_PRECISION.TF32 else widen
+        return method(self, read(a), read(b), sums, precision, *rest)
 
     return run
+
+
+def _cut_to_tf32(handle: TensorHandle) -> TensorHandle:
+    if _scalar(handle) != tl.float32:
+        return widen(handle)
+    bits = np.ascontiguousarray(handle.data).view(np.uint32) & np.uint32(0xFFFFE000)
+    return TensorHandle(bits.view(np.float32), tl.float32)
 
 
 def _cast(method: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
