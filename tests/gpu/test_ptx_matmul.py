@@ -10,23 +10,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gpu import samples
 from gpu.ptx.launch import run_case
+from gpu.ptx_sources import TILE, matmul_problem, relative_error
 
-TILE = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}
 ERROR = {torch.bfloat16: 2e-3, torch.float16: 3e-4, torch.float32: 1e-3}
 NAMES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-
-
-def problem(M: int, N: int, K: int, dtype: torch.dtype) -> tuple[dict[str, object], torch.Tensor]:
-    """Arguments of samples.matmul_kernel and the exact product; the output starts as NaN."""
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(rows, K, generator=generator).to(dtype) for rows in (M, N))
-    c = torch.full((M, N), torch.nan, dtype=dtype)
-    sizes = {"M": M, "N": N, "K": K, "stride_a": K, "stride_b": K, "stride_c": N}
-    return {"a": a, "b": b, "c": c, **sizes}, a.double() @ b.double().T
-
-
-def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return ((found.double() - exact).norm() / exact.norm()).item()
 
 
 @pytest.mark.parametrize("dtype", NAMES)
@@ -34,14 +21,14 @@ def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
 def test_product(target, dtype):
     case = samples.matmul(num_warps=4, **TILE)
     case = dataclasses.replace(case, signature={**case.signature, **dict.fromkeys("abc", NAMES[dtype])})
-    arguments, exact = problem(200, 136, 112, dtype)
+    arguments, exact = matmul_problem(200, 136, 112, dtype)
     counts = run_case(case, target, (4, 3), arguments)
     assert relative_error(arguments["c"], exact) < ERROR[dtype]
     assert counts["mma" if target == "sm_80" else "wgmma"] > 0
 
 
 def test_race_check_passes_a_sound_kernel():
-    arguments, exact = problem(72, 72, 80, torch.bfloat16)
+    arguments, exact = matmul_problem(72, 72, 80, torch.bfloat16)
     run_case(samples.matmul(num_warps=4, **TILE), "sm_80", (2, 2), arguments, races=True)
     assert relative_error(arguments["c"], exact) < ERROR[torch.bfloat16]
 
@@ -50,7 +37,7 @@ def test_race_check_passes_a_sound_kernel():
 @pytest.mark.parametrize("on_host", [True, False])
 def test_product_by_descriptors(on_host, races):
     """Ragged sizes; bulk copies fill what lies outside with zeros and leave it out when they write."""
-    arguments, exact = problem(200, 136, 160, torch.bfloat16)
+    arguments, exact = matmul_problem(200, 136, 160, torch.bfloat16)
     result = arguments["c"]
     if on_host:
         boxes = {"a": [128, 64], "b": [128, 64], "c": [128, 128]}

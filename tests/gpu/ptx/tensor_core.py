@@ -33,7 +33,7 @@ def matrix_product(m: Machine, ins: Instruction) -> Wait | None:
     wait = whole_warp(m, "mma.sync")
     if wait:
         return wait
-    refuse(ins, "sp", "sp::ordered_metadata", "xor", "satfinite", "block_scale")
+    refuse(ins, "sp", "sp::ordered_metadata", "xor", "block_scale")
     if not ins.parts[3].startswith("m16n8") or ins.parts[4:6] != ("row", "col"):
         raise UnknownInstruction(f"matrix shape is not modelled: {ins.text}")
     result, left, right = ins.parts[-4:-1]
@@ -46,14 +46,15 @@ def matrix_product(m: Machine, ins: Instruction) -> Wait | None:
     for i in range(4):
         row, column = result_rows(i)
         part, old = product[:, row, column], m.full_bits(c[i], 32).reshape(-1, WARP)[warps]
-        m.write(target[i], per_lane(m, accumulate(part, old, result), warps))
+        m.write(target[i], per_lane(m, accumulate(part, old, result, "satfinite" in ins.modifiers), warps))
     return None
 
 
-def accumulate(product: Array, old: Array, result: str) -> Array:
+def accumulate(product: Array, old: Array, result: str, saturate: bool = False) -> Array:
     """Accumulator bits plus float32 products -> accumulator bits."""
     if result == "s32":
-        return (old.view(np.int32).astype(np.int64) + product.astype(np.int64)).astype(np.uint32)
+        total = old.view(np.int32).astype(np.int64) + product.astype(np.int64)
+        return (np.clip(total, -(2**31), 2**31 - 1) if saturate else total).astype(np.uint32)
     if result != "f32":
         raise UnknownInstruction(f"accumulators of type {result} are not modelled")
     return (product + old.view(np.float32)).view(np.uint32)

@@ -18,7 +18,7 @@ from .machine import Machine
 from .memory import ASYNC_READABLE_BIT
 from .opcodes import opcode, refuse
 from .syntax import Immediate, Instruction, Vector
-from .tensor_core import warp_words
+from .tensor_core import accumulate, warp_words
 from .values import Array, PtxTrap, UnknownInstruction
 
 GROUP_LANES = 128
@@ -98,7 +98,7 @@ class Tile:
 
 @opcode("wgmma.mma_async")
 def multiply(m: Machine, ins: Instruction) -> Wait | None:
-    refuse(ins, "sp", "satfinite")
+    refuse(ins, "sp")
     groups = active_groups(m)
     shape = re.fullmatch(r"m64n(\d+)k(\d+)", ins.parts[4])
     result, left, right = ins.parts[5:8]
@@ -108,6 +108,7 @@ def multiply(m: Machine, ins: Instruction) -> Wait | None:
     target, a, b, keep, *flags = ins.operands
     values = [f.bits for f in flags]
     signs, transposes = (values[:2], values[2:]) if result == "f32" else ([], [])
+    saturate = "satfinite" in ins.modifiers
     in_registers = isinstance(a, Vector)
     transpose_a, transpose_b = ([0, *transposes] if in_registers else transposes) or [0, 0]
     names = tuple(r.name for r in target.items)
@@ -128,7 +129,7 @@ def multiply(m: Machine, ins: Instruction) -> Wait | None:
         which = np.unique(positions // GROUP_LANES)
         a_values = fragment[which] if in_registers else left_tile.read(which)
         product = a_values @ right_tile.read(which).swapaxes(1, 2)
-        add_to_accumulators(m, names, groups[which], np.float32(sign) * product, kept, result)
+        add_to_accumulators(m, names, groups[which], np.float32(sign) * product, kept, result, saturate)
 
     lanes = (groups[:, None] * GROUP_LANES + np.arange(GROUP_LANES)).ravel()
     m.products.add(lanes, finish)
@@ -176,7 +177,13 @@ def take_accumulators(m: Machine, names: tuple[str, ...], kept: Array) -> None:
 
 
 def add_to_accumulators(
-    m: Machine, names: tuple[str, ...], groups: Array, product: Array, kept: Array, result: str
+    m: Machine,
+    names: tuple[str, ...],
+    groups: Array,
+    product: Array,
+    kept: Array,
+    result: str,
+    saturate: bool,
 ) -> None:
     """accumulators = product (+ accumulators), and back to registers where no later product is under way."""
     columns = product.shape[2]
@@ -192,10 +199,7 @@ def add_to_accumulators(
     outer, m.mask = m.mask, None if everywhere else settled
     for name, part in zip(names, by_register, strict=True):
         old = np.where(kept[lanes], m.accumulators[name][lanes], np.uint32(0))
-        if result == "s32":
-            new = (old.view(np.int32).astype(np.int64) + part.astype(np.int64)).astype(np.uint32)
-        else:
-            new = (old.view(np.float32) + part).view(np.uint32)
+        new = accumulate(part, old, result, saturate)
         total = new if lanes.size == m.lanes else m.accumulators[name].copy()
         if lanes.size != m.lanes:
             total[lanes] = new
