@@ -20,7 +20,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 NARROW = {tl.bfloat16: torch.bfloat16, tl.float8e5: torch.float8_e5m2, tl.float8e4nv: torch.float8_e4m3fn}
 _BITS = {1: torch.uint8, 2: torch.uint16}
-_ARITHMETIC = ("binary_op", "unary_op", "ternary_op", "create_fma", "create_erf", "create_rsqrt")
+_ARITHMETIC = ("binary_op", "unary_op", "ternary_op", "create_erf", "create_rsqrt")
 
 
 @contextlib.contextmanager
@@ -28,6 +28,7 @@ def repaired() -> Iterator[None]:
     """Installs the repair for the length of the block."""
     replacements: list[tuple[type, str, Callable[..., Any]]] = [
         *((InterpreterBuilder, name, _rounded(getattr(InterpreterBuilder, name))) for name in _ARITHMETIC),
+        (InterpreterBuilder, "create_fma", _rounded(_fused)),
         (InterpreterBuilder, "create_dot", _dot(InterpreterBuilder.create_dot)),
         (InterpreterBuilder, "cast_impl", _cast(InterpreterBuilder.cast_impl)),
         (InterpreterBuilder, "create_fp_to_fp", _fp_to_fp(InterpreterBuilder.create_fp_to_fp)),
@@ -85,6 +86,13 @@ def _rounded(method: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]
         return narrow(result.data, dtype)
 
     return run
+
+
+def _fused(self: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
+    """x y + z with one rounding: in fp64 the product of two fp32 numbers is exact."""
+    dtype = x.data.dtype
+    wide = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+    return TensorHandle(wide.astype(dtype), x.dtype.scalar)
 
 
 def _dot(method: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:

@@ -1,0 +1,258 @@
+"""Backward of info_nce: tiles of dS are recomputed into a bounded workspace, from which two products feed both towers.
+
+    dS_ij = a_i P_ij + b_j Q_ij - [positive] ... (csrc/cpu/info_nce_bwd.h has the formula),  d_image = scale dS T,
+    d_text = scale dS^T I
+
+The workspace holds one macro-tile of G = dS / unit in the towers' dtype, unit the largest upstream gradient: |G| <= 2
+needs no care in 16 bits. `info_nce_ds_kernel` fills it, `info_nce_dual_kernel` multiplies it both ways into fp32
+accumulators; macro-tiles follow each other in launch order, each accumulator element has one writer per launch: no
+atomics, the same bits on every run. Macro-tiles run along a row of blocks, so d_image's accumulator is one block of
+rows and only d_text's is whole. With fused normalisation G is divided by both norms, the products take the towers as
+they are, and the last kernel multiplies by the row's own norm again.
+
+FLOP: 6 N (M + K) D: 2 to recompute, 4 for the products. Logarithms and exponents: base 2.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from limber_fast.kernels.common import descriptor, grouped_order
+from limber_fast.kernels.info_nce import exponents, live_mask, softplus_and_slope, split_scale, tile_dots
+
+# Bits between the largest and the smallest log-sum-exp of a tile that one exponential can serve: 2^-60 .. 2^60 around
+# their middle, and a product of two factors below 2^-120 is no gradient.
+SPREAD = tl.constexpr(120.0)
+
+
+@triton.jit
+def weights_of(state, n, i, mask, gradient, shift):
+    """gradient 2^(shift - log-sum-exp) of rows (or columns) i."""
+    exponent = tl.load(state + i, mask=mask, other=0.0)
+    remainder = tl.load(state + n + i, mask=mask, other=0.0)
+    return gradient * tl.exp2((shift - exponent) - remainder)
+
+
+@triton.jit
+def at_positive(state, n, i, mask, gradient, smoothing):
+    """dS at the positive of rows (or columns) i: P - 1 = expm1(-nll), however close to 1 the probability is."""
+    nll = tl.load(state + 2 * n + i, mask=mask, other=0.0)
+    uniform = tl.load(state + 5 * n + i, mask=mask, other=0.0)
+    return gradient * (expm1_of_minus(nll) + (smoothing - uniform))
+
+
+@triton.jit
+def expm1_of_minus(y):
+    """e^-y - 1 for y >= 0 in full relative precision: a series below 1/4, where the difference would cancel."""
+    p = y * (1.0 / 720.0) - 1.0 / 120.0
+    p = p * y + 1.0 / 24.0
+    p = p * y - 1.0 / 6.0
+    p = p * y + 0.5
+    p = p * y - 1.0
+    return tl.where(y < 0.25, p * y, tl.exp2(-y * 1.4426950408889634) - 1.0)
+
+
+@triton.jit
+def info_nce_ds_kernel(
+    image, text, scale, bias, image_norm, text_norm, labels, image_ids, text_ids, row_state, col_state, row_grad,
+    col_grad, unit, norm_unit, g, N, M, D, image_stride, text_stride, row0, column0, num_m, num_n, g_stride, smoothing,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    HAS_LABELS: tl.constexpr, HAS_IDS: tl.constexpr, HAS_POSITIVE: tl.constexpr, HAS_COLUMNS: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr, SIGMOID: tl.constexpr, NORMALIZE: tl.constexpr, SEPARATE: tl.constexpr,
+    WIDE: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """G of rows row0 .. + num_m BLOCK_M and columns column0 .. + num_n BLOCK_N, whole tiles, zeros past the ends.
+
+    SEPARATE False: the tiles whose log-sum-exps one exponential can serve, known before the product; True: the others.
+    """
+    factor, factor_low = split_scale(scale)
+    inverse_unit = 1.0 / tl.load(unit)
+    if SIGMOID:
+        plain_factor, offset = tl.load(scale), tl.load(bias)
+    if NORMALIZE:
+        norm_factor = tl.load(norm_unit)
+    a_ = descriptor(image, N, D, image_stride, BLOCK_M, BLOCK_K, TMA)
+    b_ = descriptor(text, M, D, text_stride, BLOCK_N, BLOCK_K, TMA)
+    for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
+        pm, pn = grouped_order(tile, num_m, num_n, GROUP)
+        m0, n0 = row0 + pm * BLOCK_M, column0 + pn * BLOCK_N
+        rows, columns = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
+        row_live, col_live = rows < N, columns < M
+        low, high = 0.0, 0.0
+        if not SIGMOID:
+            # Past the ends the last row's own values: they leave minimum and maximum as they are.
+            last, last_column = tl.minimum(rows, N - 1), tl.minimum(columns, M - 1)
+            lse = tl.load(row_state + last) + tl.load(row_state + N + last)
+            low, high = tl.min(lse, 0), tl.max(lse, 0)
+            if HAS_COLUMNS:
+                lse = tl.load(col_state + last_column) + tl.load(col_state + M + last_column)
+                low, high = tl.minimum(low, tl.min(lse, 0)), tl.maximum(high, tl.max(lse, 0))
+        one_serves = (high - low <= SPREAD) & (tl.abs(high) < 1e6)  # false for NaN and infinity
+        if one_serves != SEPARATE:
+            acc = tile_dots(
+                a_, b_, image_norm, text_norm, m0, n0, N, M, D, image_stride, text_stride, BLOCK_M, BLOCK_N, BLOCK_K,
+                NORMALIZE, TMA, EVEN_K, PRECISION, STAGES,
+            )  # fmt: skip
+            a = tl.load(row_grad + rows, mask=row_live, other=0.0) * inverse_unit
+            if SIGMOID:
+                x = acc * plain_factor + offset
+                negative, is_positive = live_mask(
+                    labels, image_ids, text_ids, rows, columns, N, M, HAS_LABELS, HAS_IDS, HAS_POSITIVE
+                )
+                _, slope = softplus_and_slope(tl.where(is_positive, -x, x))
+                tile_g = tl.where(is_positive, -slope, slope) * a[:, None]
+                tile_g = tl.where(negative | is_positive, tile_g, 0.0)
+            else:
+                if HAS_COLUMNS:
+                    b = tl.load(col_grad + columns, mask=col_live, other=0.0) * inverse_unit
+                if SEPARATE:
+                    exponent = tl.load(row_state + rows, mask=row_live, other=0.0)
+                    remainder = tl.load(row_state + N + rows, mask=row_live, other=0.0)
+                    x = exponents(acc, factor, factor_low, exponent[:, None], WIDE)
+                    tile_g = tl.exp2(x - remainder[:, None]) * a[:, None]
+                    if HAS_COLUMNS:
+                        exponent = tl.load(col_state + columns, mask=col_live, other=0.0)
+                        remainder = tl.load(col_state + M + columns, mask=col_live, other=0.0)
+                        x = exponents(acc, factor, factor_low, exponent[None, :], WIDE)
+                        tile_g += tl.exp2(x - remainder[None, :]) * b[None, :]
+                else:
+                    shift = tl.floor(0.5 * (low + high))
+                    weight = weights_of(row_state, N, rows, row_live, a, shift)
+                    e = tl.exp2(exponents(acc, factor, factor_low, shift, WIDE))
+                    if HAS_COLUMNS:
+                        col_weight = weights_of(col_state, M, columns, col_live, b, shift)
+                        tile_g = e * (weight[:, None] + col_weight[None, :])
+                    else:
+                        tile_g = e * weight[:, None]
+                if HAS_SMOOTHING:
+                    tile_g -= (a * tl.load(row_state + 5 * N + rows, mask=row_live, other=0.0))[:, None]
+                    if HAS_COLUMNS:
+                        tile_g -= (b * tl.load(col_state + 5 * M + columns, mask=col_live, other=0.0))[None, :]
+                meets = HAS_POSITIVE & (m0 < n0 + BLOCK_N) & (n0 < m0 + BLOCK_M)
+                ragged = (m0 + BLOCK_M > N) | (n0 + BLOCK_N > M)
+                if (HAS_LABELS or HAS_IDS) | meets | ragged:
+                    negative, is_positive = live_mask(
+                        labels, image_ids, text_ids, rows, columns, N, M, HAS_LABELS, HAS_IDS, HAS_POSITIVE
+                    )
+                    tile_g = tl.where(negative, tile_g, 0.0)
+                    if HAS_POSITIVE:
+                        own = at_positive(row_state, N, rows, row_live, a, smoothing)
+                        tile_g += tl.where(is_positive, own[:, None], 0.0)
+                        if HAS_COLUMNS:
+                            own = at_positive(col_state, M, columns, col_live, b, smoothing)
+                            tile_g += tl.where(is_positive, own[None, :], 0.0)
+            if NORMALIZE:
+                row_norm = tl.load(image_norm + rows, mask=row_live, other=1.0)
+                col_norm = tl.load(text_norm + columns, mask=col_live, other=1.0)
+                tile_g = tile_g * (norm_factor / row_norm)[:, None] / col_norm[None, :]
+            base = g + (pm * BLOCK_M).to(tl.int64) * g_stride + pn * BLOCK_N
+            at = tl.arange(0, BLOCK_M)[:, None] * g_stride + tl.arange(0, BLOCK_N)[None, :]
+            tl.store(base + at, tile_g.to(g.dtype.element_ty))
+
+
+@triton.jit
+def product_into(
+    pid, g, x, acc_out, g_rows, g_columns, depth, D, g_stride, x_stride, x_row0, x_rows, out_row0, out_rows, first,
+    num_d,
+    TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """acc_out[out_row0 + ., :] (+)= G x[x_row0 + ., :], or G^T x; one tile [BLOCK_M, BLOCK_D].
+
+    The accumulator starts from acc_out: a second tile of registers in the epilogue spills. G is whole tiles with zeros
+    past the ends, so only x needs its bounds.
+    """
+    pm, d0 = pid // num_d, (pid % num_d) * BLOCK_D
+    rd, rr, rk = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
+    out_row = out_row0 + pm * BLOCK_M
+    base = acc_out + out_row.to(tl.int64) * D + d0
+    at = rr[:, None] * D + rd[None, :]
+    mask = (rr < out_rows - out_row)[:, None] & (rd < D - d0)[None, :]
+    acc = tl.load(base + at, mask=mask & (first == 0), other=0.0)
+    if TMA:
+        x_ = descriptor(x, x_rows, D, x_stride, BLOCK_K, BLOCK_D, TMA)
+        if TRANSPOSED:
+            g_ = descriptor(g, g_rows, g_columns, g_stride, BLOCK_K, BLOCK_M, TMA)
+            for k in tl.range(0, depth, BLOCK_K, num_stages=STAGES):
+                left = g_.load([k, pm * BLOCK_M]).T
+                acc = tl.dot(left, x_.load([x_row0 + k, d0]), acc, input_precision=PRECISION)
+        else:
+            g_ = descriptor(g, g_rows, g_columns, g_stride, BLOCK_M, BLOCK_K, TMA)
+            for k in tl.range(0, depth, BLOCK_K, num_stages=STAGES):
+                left = g_.load([pm * BLOCK_M, k])
+                acc = tl.dot(left, x_.load([x_row0 + k, d0]), acc, input_precision=PRECISION)
+    else:
+        # Masks, not clamped columns: a clamp hides from the compiler that the addresses are contiguous.
+        px = x + x_row0.to(tl.int64) * x_stride + d0 + (rk[:, None] * x_stride + rd[None, :])
+        if TRANSPOSED:
+            pg = g + pm * BLOCK_M + (rk[None, :] * g_stride + rr[:, None])
+            step = BLOCK_K * g_stride
+        else:
+            pg = g + (pm * BLOCK_M).to(tl.int64) * g_stride + (rr[:, None] * g_stride + rk[None, :])
+            step = BLOCK_K
+        for k in tl.range(0, depth, BLOCK_K, num_stages=STAGES):
+            right = tl.load(px, mask=(rk < x_rows - x_row0 - k)[:, None] & (rd < D - d0)[None, :], other=0.0)
+            acc = tl.dot(tl.load(pg), right, acc, input_precision=PRECISION)
+            pg += step
+            px += BLOCK_K * x_stride
+    tl.store(base + at, acc, mask=mask)
+
+
+@triton.jit
+def info_nce_dual_kernel(
+    g, image, text, image_acc, text_acc, N, M, D, image_stride, text_stride, g_stride, row0, column0, acc_row0,
+    acc_rows,
+    num_rows, num_columns, image_items, text_items, first_image, first_text, num_d,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Both products of a macro-tile of num_rows x num_columns in one grid: image_acc += G text, text_acc += G^T image.
+
+    image_acc holds rows from acc_row0 on, acc_rows of them; text_acc all M. A role without items is not wanted.
+    """
+    # One item a program: as a loop over items the wide tile spilled 19 registers.
+    item = tl.program_id(0)
+    if item < image_items:
+        product_into(
+            item, g, text, image_acc, num_rows, num_columns, num_columns, D, g_stride, text_stride, column0, M,
+            row0 - acc_row0, acc_rows, first_image, num_d, False, BLOCK_M, BLOCK_D, BLOCK_K, TMA, PRECISION, STAGES,
+        )  # fmt: skip
+    else:
+        product_into(
+            item - image_items, g, image, text_acc, num_rows, num_columns, num_rows, D, g_stride, image_stride,
+            row0, N, column0, M, first_text, num_d, True, BLOCK_M, BLOCK_D, BLOCK_K, TMA, PRECISION, STAGES,
+        )  # fmt: skip
+
+
+@triton.jit
+def info_nce_gradient_kernel(
+    acc, x, norm, out, scale, unit, norm_unit, n, D, x_stride,
+    NORMALIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """out = scale * unit * acc; through the fused normalisation u = x / |x| it is (g - u <u, g>) / |x|, or g / eps
+    where the norm is eps. acc and out may be the same memory.
+    """
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = rows < n
+    factor = tl.load(scale) * tl.load(unit) + tl.zeros((BLOCK_M,), tl.float32)
+    along = tl.zeros((BLOCK_M,), tl.float32)
+    length = along + 1.0
+    line = rows.to(tl.int64)[:, None]
+    if NORMALIZE:
+        length = tl.load(norm + rows, mask=live, other=1.0)
+        factor = factor * (length / tl.load(norm_unit))
+        for d in range(0, D, BLOCK_D):
+            columns = d + tl.arange(0, BLOCK_D)
+            mask = live[:, None] & (columns < D)[None, :]
+            u = tl.load(x + line * x_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32) / length[:, None]
+            along += tl.sum(tl.load(acc + line * D + columns[None, :], mask=mask, other=0.0) * u, 1)
+        along = tl.where(length == 1e-12, 0.0, along)
+    for d in range(0, D, BLOCK_D):
+        columns = d + tl.arange(0, BLOCK_D)
+        mask = live[:, None] & (columns < D)[None, :]
+        v = tl.load(acc + line * D + columns[None, :], mask=mask, other=0.0)
+        if NORMALIZE:
+            u = tl.load(x + line * x_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32) / length[:, None]
+            v = (v - u * along[:, None]) / length[:, None]
+        tl.store(out + line * D + columns[None, :], (v * factor[:, None]).to(out.dtype.element_ty), mask=mask)

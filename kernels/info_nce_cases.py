@@ -1,0 +1,142 @@
+"""The builds that info_nce's launchers ask for on each target, recorded from them, and the work of each launch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from limber_fast.kernels import info_nce_launch
+from limber_fast.kernels.catalogue import Case, Work
+from limber_fast.kernels.info_nce_configs import choose
+from limber_fast.kernels.recording import Launch, recording
+
+N, PROGRAMS = 8192, 264
+ARITHMETIC = {
+    "bf16": (torch.bfloat16, "ieee"), "fp16": (torch.float16, "ieee"), "tf32": (torch.float32, "tf32"),
+    "fp32": (torch.float32, "ieee"),
+}  # fmt: skip
+_PRODUCTS = ("info_nce_fwd_kernel", "info_nce_redo_kernel", "info_nce_sigmoid_kernel", "info_nce_ds_kernel",
+             "info_nce_dual_kernel")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Options:
+    """A call of info_nce whose kernels differ from the plain one's."""
+
+    name: str
+    D: int = 512
+    labels: bool = False
+    ids: bool = False
+    extra: int = 0
+    smoothing: float = 0.0
+    normalize: bool = False
+    sigmoid: bool = False
+    symmetric: bool = True
+    stats: bool = False
+    arithmetic: tuple[str, ...] = field(default=("bf16", "tf32", "fp32"))
+
+
+OPTIONS = (
+    Options("plain", arithmetic=("bf16", "fp16", "tf32", "fp32")),
+    Options("wide", D=1024, arithmetic=("bf16",)),
+    Options("ragged", D=123),
+    Options("rectangular", labels=True, symmetric=False),
+    Options("permuted", labels=True, arithmetic=("bf16",)),
+    Options("normalize", normalize=True),
+    Options("ids", ids=True),
+    Options("extra", extra=1000, arithmetic=("bf16",)),
+    Options("sigmoid", sigmoid=True, symmetric=False),
+    Options("everything", labels=True, ids=True, extra=1000, smoothing=0.1, normalize=True, stats=True),
+    Options("sigmoid_everything", labels=True, ids=True, extra=1000, normalize=True, sigmoid=True, symmetric=False,
+            stats=True, arithmetic=("bf16",)),
+)  # fmt: skip
+
+
+def launches(target: str, options: Options, arithmetic: str) -> list[Launch]:
+    """What one forward and one backward pass launch."""
+    dtype, precision = ARITHMETIC[arithmetic]
+    capability = int(target[3:-1]), int(target[-1])
+    index = torch.arange(N, dtype=torch.int32)
+    scale = torch.ones(())
+    image, text = (torch.empty(N, options.D, dtype=dtype) for _ in range(2))
+    extra = torch.empty(options.extra, options.D, dtype=dtype) if options.extra else None
+    call = info_nce_launch.Call(
+        image=image, text=text, extra=extra, scale=scale, bias=scale.clone(), labels=index if options.labels else None,
+        image_ids=index if options.ids else None, text_ids=index.clone() if options.ids else None,
+        label_smoothing=options.smoothing, normalize=options.normalize, sigmoid=options.sigmoid,
+        columns=options.symmetric, programs=PROGRAMS, precision=precision,
+        config=choose(capability, dtype, precision, info_nce_launch.tma_can_read(image, text, extra)),
+    )  # fmt: skip
+    gradient = torch.ones(N)
+    with recording() as found:
+        row, col, _, _ = info_nce_launch.info_nce_fwd(call, options.stats)
+        info_nce_launch.info_nce_bwd(call, row, col, gradient, gradient if options.symmetric else None, need_image=True,
+                                     need_text=True, need_extra=options.extra > 0)  # fmt: skip
+    return found
+
+
+def cases(target: str) -> list[tuple[Case, Work]]:
+    """Every build once, under the first option set that asks for it."""
+    if not target.startswith("sm_"):
+        return []  # the table of tiles knows NVIDIA's chips alone
+    return list(_distinct(target))
+
+
+def _distinct(target: str) -> Iterator[tuple[Case, Work]]:
+    seen = set()
+    for options in OPTIONS:
+        for arithmetic in options.arithmetic:
+            for launch in launches(target, options, arithmetic):
+                kernel = launch.kernel.__name__
+                # IEEE products of fp32 run on the FMA pipe.
+                case = launch.case(
+                    f"{kernel}/{options.name}-{arithmetic}", kernel in _PRODUCTS and arithmetic != "fp32"
+                )
+                key = (kernel, tuple(case.signature.items()), tuple(case.constants.items()), case.divisible,
+                       case.num_warps, case.num_stages)  # fmt: skip
+                if key not in seen:
+                    seen.add(key)
+                    yield case, work(launch, arithmetic)
+
+
+def work(launch: Launch, arithmetic: str) -> Work:
+    """Lower bounds of one launch."""
+    a, c = launch.arguments, launch.constants
+    kernel, programs = launch.kernel.__name__, launch.grid[0]
+    if kernel == "info_nce_dual_kernel":
+        return _products(a, c, programs, arithmetic)
+    if kernel in _PRODUCTS:
+        size = a["image"].element_size()
+        tiles, steps = a["num_m"] * a["num_n"], -(-a["D"] // c["BLOCK_K"])
+        rows, columns = a["num_m"] * c["BLOCK_M"], a["num_n"] * c["BLOCK_N"]
+        written = 12 * (a["num_n"] * rows + a["num_m"] * columns)
+        if kernel == "info_nce_ds_kernel":
+            written = rows * columns * size
+        flops, trips = 2.0 * rows * columns * steps * c["BLOCK_K"], -(-tiles // programs) * steps
+        if kernel == "info_nce_redo_kernel" or c.get("SEPARATE"):
+            flops, trips, written = 0.0, 1, tiles  # normally none: the flags are read, or the log-sum-exps
+        return Work(
+            f"N={rows} M={columns} D={a['D']}", flops, (rows + columns) * a["D"] * size * (flops > 0) + written,
+            tiles * (c["BLOCK_M"] + c["BLOCK_N"]) * a["D"] * size * (flops > 0), programs, trips, arithmetic,
+        )  # fmt: skip
+    if kernel == "info_nce_merge_kernel":
+        return Work(f"parts={a['parts']} n={a['n']}", 0.0, 12.0 * (a["parts"] + 1) * a["n"], 0.0, programs, a["parts"])
+    if kernel == "info_nce_finish_kernel":
+        return Work(f"n={a['n']}", 0.0, 40.0 * a["n"], 0.0, programs)
+    size = a["x"].element_size()
+    moved = a["n"] * a["D"] * (size if kernel == "info_nce_norm_kernel" else 4 + size)
+    return Work(f"n={a['n']} D={a['D']}", 0.0, moved, 0.0, programs, -(-a["D"] // c["BLOCK_D"]))
+
+
+def _products(a: dict, c: dict, programs: int, arithmetic: str) -> Work:
+    size, d = a["g"].element_size(), a["D"]
+    rows, columns = a["num_rows"], a["num_columns"]
+    wide = a["num_d"] * c["BLOCK_D"]
+    flops = 2.0 * rows * columns * wide * ((a["image_items"] > 0) + (a["text_items"] > 0))
+    depth = columns if a["image_items"] else rows
+    moved = rows * columns * size + (rows + columns) * d * (size + 8)
+    l2 = programs * (c["BLOCK_M"] + c["BLOCK_D"]) * depth * size
+    shape = f"G {rows}x{columns} D={d}"
+    return Work(shape, flops, moved, l2, programs, -(-depth // c["BLOCK_K"]), arithmetic)

@@ -1,0 +1,88 @@
+"""Tile shapes of the info_nce kernels per chip and arithmetic: one table, a reason beside each row.
+
+A row was admitted only if all its kernels compile for the chip without a spilled register and within its shared memory
+(tests/gpu). No row has been timed on a GPU yet: where two were admitted, the modelled one decides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """One kernel's tile: M x N of the result (for the two products: rows x features), K a step of the reduction."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tiles of the forward (redone tiles included), of dS and of the two products.
+
+    `narrow` replaces the first two where options (statistics, smoothing, ids, normalisation) keep more values beside
+    the accumulator. `macro`: rows and columns of a backward macro-tile.
+    """
+
+    forward: Tiles
+    ds: Tiles
+    dual: Tiles
+    narrow: Tiles
+    macro: int
+    tma: bool
+    group: int = 8
+
+
+_HOPPER_16 = Config(
+    # 64 accumulator registers a thread leave room for the exponentials and their moments beside them.
+    forward=Tiles(128, 128, 64, 8, 3),
+    ds=Tiles(128, 128, 64, 8, 3),
+    # The products have no epilogue: the widest tile halves what L2 must deliver.
+    dual=Tiles(128, 256, 64, 8, 4),
+    # At 128 x 128 the statistics spill 94 registers, normalisation with ids 16.
+    narrow=Tiles(128, 64, 64, 8, 3),
+    macro=4096,
+    tma=True,
+)
+# cp.async: sm_80, and newer chips where a row is not whole 16 bytes.
+_POINTERS_16 = Config(
+    forward=Tiles(128, 128, 32, 8, 4),
+    ds=Tiles(128, 128, 32, 8, 4),
+    dual=Tiles(128, 128, 32, 8, 4),
+    narrow=Tiles(128, 64, 32, 8, 4),
+    macro=4096,
+    tma=False,
+)
+# fp32 operands are twice the bytes: half the K per stage. On sm_90 dS spills 34 registers at 128 x 128.
+_TF32 = Config(
+    forward=Tiles(128, 128, 32, 8, 3),
+    ds=Tiles(128, 64, 32, 8, 3),
+    dual=Tiles(128, 64, 32, 8, 3),
+    narrow=Tiles(64, 64, 32, 8, 3),
+    macro=2048,
+    tma=False,
+)
+# IEEE products run on the FMA pipe, whose operands are registers: small tiles.
+_IEEE = Config(
+    forward=Tiles(64, 64, 16, 4, 2),
+    ds=Tiles(64, 64, 16, 4, 2),
+    dual=Tiles(64, 64, 16, 4, 2),
+    narrow=Tiles(64, 64, 16, 8, 2),
+    macro=2048,
+    tma=False,
+)
+
+
+def choose(capability: tuple[int, int], dtype: torch.dtype, precision: str, aligned: bool) -> Config:
+    """The row for a chip (compute capability), the towers' dtype, for fp32 'ieee' or 'tf32', and whether TMA can read
+    the towers (rows and pointers of whole 16 bytes).
+    """
+    if dtype == torch.float32:
+        return _TF32 if precision == "tf32" else _IEEE
+    return _HOPPER_16 if capability[0] >= 9 and aligned else _POINTERS_16

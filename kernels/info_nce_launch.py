@@ -1,0 +1,279 @@
+"""Launchers of the info_nce kernels: workspaces, launch order, and nothing of the contract above them.
+
+Memory beyond inputs, outputs and states: at most WORKSPACE bytes of partial sums or dS, one fp32 accumulator of the
+text tower where gradients are 16-bit, 4 bytes a row for the positives and 4 more with fused normalisation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from limber_fast.kernels import info_nce as forward
+from limber_fast.kernels import info_nce_bwd as backward
+from limber_fast.kernels.info_nce_configs import Config, Tiles
+
+WORKSPACE = 64 << 20
+
+
+def tma_can_read(*towers: Tensor | None) -> bool:
+    """Rows and pointers of whole 16 bytes."""
+    return all(x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0 for x in towers if x is not None)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What both passes are told: towers, options and where to run.
+
+    Args:
+        image: [N, D], text: [M, D], extra: [K, D] or None: rows of any stride, contiguous in D.
+        scale, bias: fp32 tensors with one element.
+        labels, image_ids, text_ids: int32 or None.
+        programs: how many programs a persistent kernel starts at most.
+        precision: of fp32 products, 'ieee' or 'tf32'.
+    """
+
+    image: Tensor
+    text: Tensor
+    extra: Tensor | None
+    scale: Tensor
+    bias: Tensor
+    labels: Tensor | None
+    image_ids: Tensor | None
+    text_ids: Tensor | None
+    label_smoothing: float
+    normalize: bool
+    sigmoid: bool
+    columns: bool
+    config: Config
+    programs: int
+    precision: str
+
+    def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.image.device)
+
+    def sides(self) -> list[tuple[Tensor, bool]]:
+        """The column matrices, each with whether it is the text itself (positives, ids, column sums)."""
+        return [(self.text, True)] if self.extra is None else [(self.text, True), (self.extra, False)]
+
+    def flags(self, is_text: bool) -> dict[str, bool]:
+        return {
+            "HAS_LABELS": is_text and self.labels is not None,
+            "HAS_IDS": is_text and self.image_ids is not None,
+            "HAS_POSITIVE": is_text,
+        }
+
+    def selectors(self) -> dict[str, Tensor]:
+        nothing = self.scale  # a pointer that the flags keep from being read
+        return {
+            "labels": nothing if self.labels is None else self.labels,
+            "image_ids": nothing if self.image_ids is None else self.image_ids,
+            "text_ids": nothing if self.text_ids is None else self.text_ids,
+        }
+
+    def towers(self, columns: Tensor, norms: dict[int, Tensor]) -> dict[str, Tensor | int]:
+        image = self.image
+        return {
+            "image": image, "text": columns, "scale": self.scale,
+            "image_norm": norms.get(id(image), self.scale), "text_norm": norms.get(id(columns), self.scale),
+            "N": image.shape[0], "M": columns.shape[0], "D": image.shape[1],
+            "image_stride": image.stride(0), "text_stride": columns.stride(0),
+        }  # fmt: skip
+
+    def product(self, tiles: Tiles) -> dict[str, int | bool | str]:
+        """How a tile's dot products are made."""
+        return {
+            "BLOCK_M": tiles.BLOCK_M, "BLOCK_N": tiles.BLOCK_N, "BLOCK_K": tiles.BLOCK_K, "NORMALIZE": self.normalize,
+            "TMA": self.config.tma, "EVEN_K": self.image.shape[1] % tiles.BLOCK_K == 0, "PRECISION": self.precision,
+            "STAGES": tiles.stages, "num_warps": tiles.num_warps, "num_stages": tiles.stages,
+        }  # fmt: skip
+
+    def tiles(self, usual: Tiles, extras: bool = False) -> Tiles:
+        options = extras or self.normalize or self.image_ids is not None or self.labels is not None
+        return self.config.narrow if options else usual
+
+    def grid(self, items: int) -> tuple[int]:
+        return (max(1, min(items, self.programs)),)
+
+    def norms(self) -> dict[int, Tensor]:
+        """Row norms of each tower, computed once."""
+        found: dict[int, Tensor] = {}
+        for x in (self.image, self.text, self.extra) if self.normalize else ():
+            if x is not None and id(x) not in found:
+                n, d = x.shape
+                norm = found[id(x)] = self.new(n)
+                forward.info_nce_norm_kernel[(triton.cdiv(n, 32),)](
+                    x, norm, n, d, x.stride(0), BLOCK_M=32, BLOCK_D=min(256, triton.next_power_of_2(d))
+                )
+        return found
+
+
+def info_nce_fwd(call: Call, with_stats: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """States [6, N] and [6, M] as ops/info_nce_op.InfoNceState describes them, and the top-1 flags (or empty)."""
+    n, m = call.image.shape[0], call.text.shape[0]
+    extras = with_stats or call.label_smoothing > 0
+    tiles = call.tiles(call.config.forward, extras)
+    norms, positive = call.norms(), call.new(n)
+    row, col = call.new(6, n), call.new(6, m) if call.columns else torch.zeros(6, m, device=call.image.device)
+    row_extra, col_extra = (call.new(3, k if extras else 0) for k in (n, m if call.columns else 0))
+    correct = [torch.zeros(k if with_stats else 0, dtype=torch.uint8, device=call.image.device) for k in (n, m)]
+
+    num_m = triton.cdiv(n, tiles.BLOCK_M)
+    blocks = [triton.cdiv(columns.shape[0], tiles.BLOCK_N) for columns, _ in call.sides()]
+    parts, width = sum(blocks), blocks[0] * tiles.BLOCK_N
+    per_block = 12 * (parts * tiles.BLOCK_M + (width if call.columns else 0)) * (2 if extras else 1)
+    band = max(1, min(num_m, WORKSPACE // per_block))
+    for block in range(0, num_m, band):
+        rows = min(band, num_m - block)
+        _band(call, norms, positive, row, col, row_extra, col_extra, block * tiles.BLOCK_M, rows, blocks, extras)
+
+    def finish(state: Tensor, extra: Tensor, flags: Tensor, columns_of: Tensor | None) -> None:
+        size = state.shape[1]
+        forward.info_nce_finish_kernel[(triton.cdiv(size, 128),)](
+            state, extra if extras else state, positive, positive if columns_of is None else columns_of, call.scale,
+            flags if with_stats else state, size, call.label_smoothing, HAS_COLUMN=columns_of is not None,
+            HAS_EXTRAS=call.label_smoothing > 0, HAS_STATS=with_stats, SIGMOID=call.sigmoid, BLOCK=128,
+        )  # fmt: skip
+
+    finish(row, row_extra, correct[0], None)
+    if call.columns:
+        inverse = None
+        if call.labels is not None:
+            inverse = torch.empty_like(call.labels)
+            inverse[call.labels.long()] = torch.arange(n, dtype=torch.int32, device=inverse.device)
+        finish(col, col_extra, correct[1], inverse)
+    return row, col, correct[0], correct[1]
+
+
+def _band(
+    call: Call, norms: dict[int, Tensor], positive: Tensor, row: Tensor, col: Tensor, row_extra: Tensor,
+    col_extra: Tensor, row0: int, num_m: int, blocks: list[int], extras: bool,
+) -> None:  # fmt: skip
+    """Rows row0 .. row0 + num_m BLOCK_M - 1 against everything, merged into the running sums."""
+    tiles, parts = call.tiles(call.config.forward, extras), sum(blocks)
+    rows, width = num_m * tiles.BLOCK_M, blocks[0] * tiles.BLOCK_N
+    row_part, col_part = call.new(3, parts, rows), call.new(3, num_m, width if call.columns else 0)
+    row_more, col_more = (x.new_empty(x.shape if extras else (0,)) for x in (row_part, col_part))
+    fields = {"row_field": parts * rows}
+    first = 0
+    for (columns, is_text), num_n in zip(call.sides(), blocks, strict=True):
+        where = {"row0": row0, "num_m": num_m, "num_n": num_n, "first_part": first, **fields}
+        common = {**call.towers(columns, norms), **call.selectors(), **call.flags(is_text), **where}
+        common["row_part"] = row_part
+        product = call.product(tiles)
+        grid = call.grid(num_m * num_n)
+        if call.sigmoid:
+            forward.info_nce_sigmoid_kernel[grid](
+                **common, bias=call.bias, positive=positive, row_extra=row_more, GROUP=call.config.group,
+                HAS_EXTRAS=extras, **product,
+            )  # fmt: skip
+        else:
+            redo = call.new(num_m * num_n, dtype=torch.int8)
+            side = {"col_part": col_part, "col_field": num_m * width, "HAS_COLUMNS": call.columns and is_text,
+                    "redo": redo}  # fmt: skip
+            forward.info_nce_fwd_kernel[grid](
+                **common, **side, positive=positive, row_extra=row_more, col_extra=col_more, GROUP=call.config.group,
+                HAS_EXTRAS=extras, WIDE=call.image.dtype == torch.float32, **product,
+            )  # fmt: skip
+            forward.info_nce_redo_kernel[grid](**common, **side, **product)
+        first += num_n
+
+    def merge(
+        part: Tensor, more: Tensor, state: Tensor, extra: Tensor, count: int, stride: int, at: int, n: int
+    ) -> None:
+        forward.info_nce_merge_kernel[(triton.cdiv(n, 128),)](
+            part, more, state, extra if extras else state, count, stride, count * stride, count * stride, n, at,
+            state.shape[1], FIRST=state is row or row0 == 0, HAS_EXTRAS=extras, PLAIN=call.sigmoid, BLOCK=128,
+        )  # fmt: skip
+
+    live = min(rows, call.image.shape[0] - row0)
+    merge(row_part, row_more, row, row_extra, parts, rows, row0, live)
+    if call.columns:
+        merge(col_part, col_more, col, col_extra, num_m, width, 0, call.text.shape[0])
+
+
+def info_nce_bwd(
+    call: Call, row: Tensor, col: Tensor, row_grad: Tensor, col_grad: Tensor | None, *, need_image: bool,
+    need_text: bool, need_extra: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of the towers that are wanted, in the towers' dtype."""
+    n, d = call.image.shape
+    ds, dual, norms = call.tiles(call.config.ds), call.config.dual, call.norms()
+    grads = [row_grad, *([] if col_grad is None else [col_grad])]
+    unit = torch.stack([g.abs().nan_to_num(0.0, 0.0).amax() for g in grads]).amax()
+    unit = torch.where(unit > 0, unit, torch.ones_like(unit))
+    norm_unit = torch.stack([x.amin() for x in norms.values()]).amin() ** 2 if norms else unit
+    direct = call.image.dtype == torch.float32  # the gradient itself accumulates
+
+    wanted = {True: need_text, False: need_extra}
+    outputs, sums = [], []
+    for columns, is_text in call.sides():
+        out = torch.empty_like(columns, memory_format=torch.contiguous_format) if wanted[is_text] else None
+        outputs.append(out)
+        sums.append(out if direct or out is None else call.new(*columns.shape))
+    d_image = torch.empty_like(call.image, memory_format=torch.contiguous_format) if need_image else None
+
+    tall = min(call.config.macro, triton.cdiv(n, ds.BLOCK_M) * ds.BLOCK_M)
+    widest = max(columns.shape[0] for columns, _ in call.sides())
+    whole = max(ds.BLOCK_N, dual.BLOCK_M)
+    wide = min(call.config.macro, triton.cdiv(widest, whole) * whole)
+    tall, wide = triton.cdiv(tall, whole) * whole, triton.cdiv(wide, whole) * whole
+    g = call.new(tall, wide, dtype=call.image.dtype)
+    block = None if direct or not need_image else call.new(tall, d)
+
+    def gradient(acc: Tensor, x: Tensor, out: Tensor, norm: Tensor) -> None:
+        backward.info_nce_gradient_kernel[(triton.cdiv(len(x), 32),)](
+            acc, x, norm, out, call.scale, unit, norm_unit, len(x), d, x.stride(0), NORMALIZE=call.normalize,
+            BLOCK_M=32, BLOCK_D=min(128, triton.next_power_of_2(d)),
+        )  # fmt: skip
+
+    for row0 in range(0, n, tall):
+        first_image = True
+        for (columns, is_text), out in zip(call.sides(), sums, strict=True):
+            if d_image is None and out is None:
+                continue
+            for column0 in range(0, columns.shape[0], wide):
+                h = min(tall, triton.cdiv(n - row0, whole) * whole)
+                w = min(wide, triton.cdiv(columns.shape[0] - column0, whole) * whole)
+                _macro_tile(call, columns, is_text, norms, row, col, row_grad, col_grad, unit, norm_unit, g, row0,
+                            column0, h, w)  # fmt: skip
+                num_d = triton.cdiv(d, dual.BLOCK_N)
+                image_items = 0 if d_image is None else h // dual.BLOCK_M * num_d
+                text_items = 0 if out is None else w // dual.BLOCK_M * num_d
+                image_acc = d_image if direct and d_image is not None else (g if block is None else block)
+                backward.info_nce_dual_kernel[(image_items + text_items,)](
+                    g, call.image, columns, image_acc, g if out is None else out, n, columns.shape[0], d,
+                    call.image.stride(0), columns.stride(0), wide, row0, column0, 0 if direct else row0,
+                    n if direct else h, h, w, image_items, text_items, int(first_image), int(row0 == 0), num_d,
+                    BLOCK_M=dual.BLOCK_M, BLOCK_D=dual.BLOCK_N, BLOCK_K=dual.BLOCK_K, TMA=call.config.tma,
+                    PRECISION=call.precision, STAGES=dual.stages, num_warps=dual.num_warps, num_stages=dual.stages,
+                )  # fmt: skip
+                first_image = False
+        if d_image is not None:
+            rows = slice(row0, min(row0 + tall, n))
+            norm = norms[id(call.image)][rows] if norms else unit
+            gradient(d_image[rows] if direct else block, call.image[rows], d_image[rows], norm)
+    for (columns, _), out, acc in zip(call.sides(), outputs, sums, strict=True):
+        if out is not None:
+            gradient(acc, columns, out, norms.get(id(columns), unit))
+    return d_image, outputs[0], outputs[1] if len(outputs) > 1 else None
+
+
+def _macro_tile(
+    call: Call, columns: Tensor, is_text: bool, norms: dict[int, Tensor], row: Tensor, col: Tensor, row_grad: Tensor,
+    col_grad: Tensor | None, unit: Tensor, norm_unit: Tensor, g: Tensor, row0: int, column0: int, h: int, w: int,
+) -> None:  # fmt: skip
+    """Fills the workspace: the tiles that one exponential serves, then the others (normally none)."""
+    ds = call.tiles(call.config.ds)
+    for separate in (False,) if call.sigmoid else (False, True):
+        backward.info_nce_ds_kernel[call.grid(h // ds.BLOCK_M * (w // ds.BLOCK_N))](
+            **call.towers(columns, norms), **call.selectors(), **call.flags(is_text), bias=call.bias, row_state=row,
+            col_state=col, row_grad=row_grad, col_grad=row_grad if col_grad is None else col_grad, unit=unit,
+            norm_unit=norm_unit, g=g, row0=row0, column0=column0, num_m=h // ds.BLOCK_M, num_n=w // ds.BLOCK_N,
+            g_stride=g.shape[1], smoothing=call.label_smoothing, GROUP=call.config.group,
+            HAS_COLUMNS=call.columns and is_text, HAS_SMOOTHING=call.label_smoothing > 0, SIGMOID=call.sigmoid,
+            SEPARATE=separate, WIDE=call.image.dtype == torch.float32, **call.product(ds),
+        )  # fmt: skip

@@ -1,0 +1,36 @@
+"""Kernels' own launchers on CPU tensors: interpreted, or compiled for a chip and their PTX executed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from triton.runtime.jit import JITFunction
+
+from gpu.interpret import interpreted
+from gpu.ptx.launch import run_case
+from limber_fast.kernels.recording import launch_of
+
+ENGINES = ("interpreted", "sm_80", "sm_90")
+
+
+def running(engine: str, **options: Any) -> AbstractContextManager[None]:
+    """Inside the block every launch runs on `engine`; options go to the executor of PTX."""
+    return interpreted() if engine == "interpreted" else executed(engine, **options)
+
+
+@contextmanager
+def executed(target: str, **options: Any) -> Iterator[None]:
+    """Every Triton launch inside the block is compiled for `target` and its PTX executed."""
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
+        launch = launch_of(self, args, kwargs, grid)
+        run_case(launch.case(self.__name__, False), target, launch.grid, launch.arguments, **options)
+
+    original = JITFunction.run
+    JITFunction.run = run
+    try:
+        yield
+    finally:
+        JITFunction.run = original
