@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .machine import Machine
-from .memory import LOCAL_WINDOW, PARAMETER_WINDOW, READABLE_BIT, SHARED_WINDOW, WINDOW_BYTES, WRITTEN
+from .memory import LOCAL_WINDOW, PARAMETER_WINDOW, SHARED_WINDOW, WINDOW_BYTES, WRITTEN
 from .opcodes import opcode, refuse
 from .syntax import Immediate, Instruction, Symbol, Vector
 from .values import PREDICATE, UNSIGNED, Array, PtxTrap, Type, UnknownInstruction, decode, encode, pack, unpack
@@ -61,6 +61,7 @@ def _load_space(m: Machine, space: str, addresses: Array, lanes: Array, width: i
     if space == "global":
         if m.recorder:
             m.recorder.access("global", addresses, lanes, size)
+        m.note_global(addresses, size, lanes, writes=False)
         return m.memory.load(addresses, width, count)
     if space == "shared":
         m.shared.check_range(addresses, size)
@@ -97,11 +98,12 @@ def _store_space(m: Machine, space: str, addresses: Array, lanes: Array, width: 
     if space == "global":
         if m.recorder:
             m.recorder.access("global", addresses, lanes, size)
+        m.note_global(addresses, size, lanes, writes=True)
         m.memory.store(addresses, width, values)
     elif space == "shared":
         m.shared.check_range(addresses, size)
         positions = addresses.astype(np.int64) + m.shared_base[lanes]
-        if m.races:
+        if m.races and not m.atomic:
             m.races.write(positions, size, lanes)
         if m.recorder:
             m.recorder.access("shared", addresses, lanes, size)
@@ -169,7 +171,7 @@ def atomic(m: Machine, ins: Instruction) -> None:
     addresses = m.address(ins.operands[first])[lanes]
     operands = [m.full_bits(o, kind.bits)[lanes] for o in ins.operands[first + 1 :]]
     previous, waiting = np.zeros(lanes.size, UNSIGNED[kind.bits]), np.arange(lanes.size)
-    recorder, m.recorder = m.recorder, None
+    recorder, m.recorder, m.atomic = m.recorder, None, True
     while waiting.size:
         _, turn = np.unique(addresses[waiting], return_index=True)
         now = waiting[np.sort(turn)]
@@ -178,7 +180,7 @@ def atomic(m: Machine, ins: Instruction) -> None:
         store_lanes(m, space, addresses[now], lanes[now], kind.bits, new[:, None])
         previous[now] = old
         waiting = np.setdiff1d(waiting, now)
-    m.recorder = recorder
+    m.recorder, m.atomic = recorder, False
     if recorder:
         for where, positions, inside in by_space(space, addresses):
             recorder.access(where, inside, lanes[positions], kind.bytes)
@@ -213,6 +215,7 @@ def copy_async(m: Machine, ins: Instruction) -> None:
         m.memory.locate(source[taken == size], size) if (taken == size).any() else None
         if m.recorder:
             m.recorder.access("global", source[taken > 0], lanes[taken > 0], size)
+    m.note_global(source[taken == size], size, lanes[taken == size], writes=False)
     positions = target.astype(np.int64) + m.shared_base[lanes]
     if m.recorder:
         m.recorder.access("shared", target, lanes, size)
@@ -264,13 +267,6 @@ def wait_copies(m: Machine, ins: Instruction) -> None:
 def wait_all_copies(m: Machine, ins: Instruction) -> None:
     m.copies.commit(m.active())
     m.copies.wait(m.mask, 0)
-
-
-def shared_words(m: Machine, positions: Array, lanes: Array, count: int) -> Array:
-    """[rows, count] 32-bit words at byte positions that `lanes` read together, for ldmatrix."""
-    if m.races:
-        m.races.read(positions, 4 * count, lanes)
-    return m.shared.load(positions, 32, count, READABLE_BIT)
 
 
 @opcode("isspacep")

@@ -15,6 +15,7 @@ import torch
 
 from . import arithmetic, conversions, data_movement, logic, mbarrier, tensor_core, tma, warp, wgmma
 from .control import BlockBarriers, Wait
+from .global_races import GlobalRaces, smallest_access
 from .machine import Machine
 from .memory import GlobalMemory
 from .opcodes import find_handler, opcode
@@ -57,7 +58,8 @@ def execute(
     shared_bytes: dynamic shared memory per block, `compiled.metadata.shared`.
     tensors: memory the kernel may touch besides the tensors among `args`.
     entry: the kernel's name or a part of its mangled name, where the module has several.
-    races: also trap accesses to shared memory that no barrier orders. Runs one block at a time.
+    races: also trap accesses to shared memory that no barrier orders, and to global memory what one block does to
+        another's without atomics. Runs one block at a time.
     scratch_bytes: Triton's global scratch per program, `compiled.metadata.global_scratch_size`.
     recorder: a `stats.Recorder` that sees every memory access.
     lanes: how many threads run together; max_instructions: a bound on each such batch, against endless loops.
@@ -72,6 +74,7 @@ def execute(
     args, scratch = _with_scratch(kernel, list(args), scratch_bytes, total)
     tensors = [*(a for a in args if isinstance(a, torch.Tensor)), *tensors, *scratch]
     memory, parameters, counts = GlobalMemory(tensors), pack_parameters(kernel, args), Counts()
+    global_races = GlobalRaces(memory, smallest_access(kernel, "global")) if races else None
     step = 1 if races else max(1, lanes // int(np.prod(block)))
     with np.errstate(all="ignore"):
         for start in range(0, total, step):
@@ -80,6 +83,7 @@ def execute(
             machine.copies, machine.bulk_stores, machine.products = (GroupQueue(machine.lanes) for _ in range(3))
             machine.block_barriers, machine.recorder = BlockBarriers(machine), recorder
             machine.races = RaceDetector(machine) if races else None
+            machine.global_races = global_races
             Scheduler(machine, max_instructions).run()
             counts.update(machine.counts)
     return counts
@@ -163,9 +167,11 @@ class Scheduler:
         self._finish()
 
     def _finish(self) -> None:
-        self.m.mask = None
-        self.m.bulk_stores.commit(self.m.all_lanes)
-        self.m.bulk_stores.wait(None, 0)
+        """Shared memory goes away with the block: nothing may still be using it."""
+        if self.m.bulk_stores.entries:
+            raise PtxTrap("the kernel ends while a bulk copy is still reading shared memory")
+        if any(barrier.copies for barrier in self.m.barriers.values()):
+            raise PtxTrap("the kernel ends while a bulk copy to shared memory is under way")
 
     def _step(self, here: int, mask: Array | None) -> None:
         m, ins = self.m, self.program[here]

@@ -17,6 +17,7 @@ from .values import PREDICATE, UNSIGNED, WARP, Array, PtxTrap, Type, UnknownInst
 
 if TYPE_CHECKING:
     from .control import BlockBarriers
+    from .global_races import GlobalRaces
     from .mbarrier import Barrier
     from .queues import GroupQueue
     from .races import RaceDetector
@@ -59,7 +60,11 @@ class Machine:
         self.pending: dict[tuple[str, ...], Array] = {}
         self.fenced: dict[str, Array] = {}
         """The registers as the last wgmma.fence saw them."""
+        self.first_block = blocks.start
         self.races: RaceDetector | None = None
+        self.global_races: GlobalRaces | None = None
+        self.atomic = False
+        """While an atomic runs: its accesses race with ordinary ones only."""
         self.recorder: Recorder | None = None
 
     def _special_registers(self, grid: tuple[int, ...], block: tuple[int, ...], blocks: range) -> dict[str, Array]:
@@ -196,6 +201,12 @@ class Machine:
         if (by_warp.any(1) & ~by_warp.all(1)).any():
             raise PtxTrap(f"{what} reached by part of a warp")
         return np.flatnonzero(by_warp.any(1)) * WARP
+
+    def note_global(self, addresses: Array, size: int, lanes: Array, *, writes: bool, engine: bool = False) -> None:
+        """Tell the race check of an access to global memory, by the lanes' warps or by the copy engine for them."""
+        if self.global_races and addresses.size:
+            agents = np.full(lanes.size, self.races.engine) if engine else self.warp_of[lanes]
+            self.global_races.access(self, addresses, size, lanes, agents, writes=writes and not self.atomic)
 
     def scalar(self, operand: Any, lane: int, width: int) -> int:
         return int(self.full_bits(operand, width)[lane])

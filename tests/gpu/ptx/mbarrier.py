@@ -53,6 +53,13 @@ def learn(m: Machine, barrier: Barrier, block: int, agent: int) -> None:
         barrier.known = snapshot if barrier.known is None else np.maximum(barrier.known, snapshot)
 
 
+def check_order(m: Machine, block: int, address: int, lane: int, *, exclusive: bool) -> None:
+    """For the race check: initialising and invalidating a barrier must be ordered against every use of it."""
+    if m.races:
+        check = m.races.write if exclusive else m.races.read
+        check(np.array([address + block * m.shared.stride]), 8, np.array([lane]))
+
+
 def _active(m: Machine, operand: Address) -> list[tuple[int, int, int]]:
     """(lane, block, address) of the active lanes."""
     addresses = m.address(operand)
@@ -66,15 +73,17 @@ def initialise(m: Machine, ins: Instruction) -> None:
         m.shared.check_range(np.array([address]), 8)
         if address % 8:
             raise PtxTrap(f"misaligned mbarrier at shared address {address}")
+        check_order(m, block, address, lane, exclusive=True)
         m.shared.store(np.array([address + block * m.shared.stride]), 64, np.zeros((1, 1), np.uint64), WRITTEN)
         m.barriers[block, address] = Barrier(int(counts[lane]), int(counts[lane]))
 
 
 @opcode("mbarrier.inval")
 def invalidate(m: Machine, ins: Instruction) -> None:
-    for _, block, address in _active(m, ins.operands[0]):
+    for lane, block, address in _active(m, ins.operands[0]):
         if barrier_at(m, address, block).copies:
             raise PtxTrap(f"mbarrier at {address} is invalidated with a copy under way")
+        check_order(m, block, address, lane, exclusive=True)
         del m.barriers[block, address]
 
 
@@ -87,6 +96,7 @@ def arrive(m: Machine, ins: Instruction) -> None:
     tokens = np.zeros(m.lanes, np.uint64)
     for lane, block, address in _active(m, ins.operands[at]):
         barrier = barrier_at(m, address, block)
+        check_order(m, block, address, lane, exclusive=False)
         tokens[lane] = barrier.phase
         if expects:
             barrier.bytes_left += int(operand[lane])
@@ -113,6 +123,7 @@ def wait(m: Machine, ins: Instruction) -> Wait | None:
             barrier = first_use[block, address] = barrier_at(m, address, block)
             if barrier.pending == 0:
                 barrier.deliver()
+        check_order(m, block, address, lane, exclusive=False)
         phase = int(wanted[lane])
         ready[lane] = (barrier.phase & 1) != (phase & 1) if by_parity else barrier.phase > phase
         if ready[lane] and m.races and barrier.known is not None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .global_races import smallest_access
 from .values import WARP, Array, PtxTrap
 
 if TYPE_CHECKING:
@@ -19,24 +20,25 @@ if TYPE_CHECKING:
 
 class RaceDetector:
     def __init__(self, m: Machine) -> None:
-        words = m.shared.bytes.size // 4
+        self.granule = smallest_access(m.kernel, "shared")
+        words = m.shared.bytes.size // self.granule
         self.warps = m.block_lanes // WARP
         self.engine = self.warps
         agents = self.warps + 1
-        self.block_words = m.shared.stride // 4
+        self.block_words = m.shared.stride // self.granule
         self.warp_of = m.warp_of
         # known[block, a, b]: how far agent a knows agent b's time.
         self.known = np.zeros((m.block_count, agents, agents), np.int64)
         self.known[:, np.arange(agents), np.arange(agents)] = 1
         self.writer = np.zeros(words, np.int64)
         self.written = np.zeros(words, np.int64)
-        self.read_time = np.zeros((words, agents), np.int64)
+        self.read_time = np.zeros((words, agents), np.int32)
         self.block_of = m.block_of
 
     def _words(self, positions: Array, size: int, owners: Array) -> tuple[Array, Array, Array]:
         """Word indices, their agents and blocks, one entry per word touched."""
-        span = max(1, size // 4)
-        words = (positions[:, None] // 4 + np.arange(span)).ravel()
+        span = max(1, size // self.granule)
+        words = (positions[:, None] // self.granule + np.arange(span)).ravel()
         return words, np.repeat(owners, span), words // self.block_words
 
     def read(self, positions: Array, size: int, lanes: Array) -> None:
@@ -71,7 +73,7 @@ class RaceDetector:
 
     def _trap(self, bad: Array, words: Array, access: str, other: str) -> None:
         if bad.any():
-            at = int(words[bad][0] % self.block_words) * 4
+            at = int(words[bad][0] % self.block_words) * self.granule
             raise PtxTrap(f"race in shared memory at byte {at}: a {access} that no barrier orders after {other}")
 
     def synchronise(self, lanes: Array) -> None:

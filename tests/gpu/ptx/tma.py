@@ -40,7 +40,7 @@ ELEMENTS = {
     0: "u8", 1: "u16", 2: "u32", 3: "s32", 4: "u64", 5: "s64", 6: "f16", 7: "f32", 8: "f32", 9: "f64", 10: "bf16",
     11: "f32", 12: "f32",
 }  # fmt: skip
-INTERLEAVE_BYTES = {0: 0, 1: 32, 2: 64, 3: 128}
+SWIZZLE_BYTES = {0: 0, 1: 32, 2: 64, 3: 128}
 
 
 @dataclass(frozen=True)
@@ -158,9 +158,11 @@ def find_box(m: Machine, operand: TensorAddress, shared: int, lane: int) -> Box:
     fields = read_map(m, operand, lane)
     rank = int(fields["rank"]) + 1
     sizes, box = (fields[n][:rank].astype(np.int64) for n in ("global_dim", "box_dim"))
+    if int(fields["elemtype"]) not in ELEMENTS or int(fields["swizzle_mode"]) not in SWIZZLE_BYTES or rank > 5:
+        raise PtxTrap(f"no tensor map has these fields: {fields}")
     element = parse_type(ELEMENTS[int(fields["elemtype"])])
     strides = np.array([element.bytes, *fields["global_stride"][: rank - 1].astype(np.int64)])
-    span = INTERLEAVE_BYTES[int(fields["swizzle_mode"])]
+    span = SWIZZLE_BYTES[int(fields["swizzle_mode"])]
     _check_map(fields, rank, box, strides, span, element)
     if shared % 128:
         raise PtxTrap(f"misaligned bulk copy: shared address {shared} is no multiple of 128")
@@ -224,6 +226,7 @@ def _load_box(m: Machine, ins: Instruction, lane: int) -> None:
         m.memory.locate(box.addresses[box.inside], box.width // 8)
     m.shared.start_bulk_copy(box.positions, box.width)
     lanes = np.full(box.positions.size, lane)
+    m.note_global(box.addresses[box.inside], box.width // 8, lanes[box.inside], writes=False, engine=True)
     if m.races:
         m.races.start_write(box.positions, box.width // 8, lanes)
         m.races.advance_engine(block, int(m.warp_of[lane]))
@@ -258,6 +261,9 @@ def _store_box(m: Machine, lane: int, target: TensorAddress, source: Address, na
     def finish(_: Array) -> None:
         values = m.shared.load(box.positions, box.width, 1, ASYNC_READABLE_BIT)[box.inside]
         addresses = box.addresses[box.inside]
+        m.atomic = bool(name)
+        m.note_global(addresses, box.width // 8, np.full(addresses.size, lane), writes=True, engine=True)
+        m.atomic = False
         if addresses.size:
             if name:
                 old = m.memory.load(addresses, box.width, 1)
