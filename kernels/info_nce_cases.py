@@ -114,12 +114,13 @@ def work(launch: Launch, arithmetic: str) -> Work:
         written = 12 * (a["num_n"] * rows + a["num_m"] * columns)
         if kernel == "info_nce_ds_kernel":
             written = rows * columns * size
-        flops, trips = 2.0 * rows * columns * steps * c["BLOCK_K"], -(-tiles // programs) * steps
+        flops, walk = 2.0 * rows * columns * steps * c["BLOCK_K"], -(-tiles // programs)
+        trips = walk * steps
         if kernel == "info_nce_redo_kernel" or c.get("SEPARATE"):
-            flops, trips, written = 0.0, 1, tiles  # normally none: the flags are read, or the log-sum-exps
+            flops, trips, walk, written = 0.0, 1, 1, tiles  # normally none: the flags are read, or the log-sum-exps
         return Work(
             f"N={rows} M={columns} D={a['D']}", flops, (rows + columns) * a["D"] * size * (flops > 0) + written,
-            tiles * (c["BLOCK_M"] + c["BLOCK_N"]) * a["D"] * size * (flops > 0), programs, trips, arithmetic,
+            tiles * (c["BLOCK_M"] + c["BLOCK_N"]) * a["D"] * size * (flops > 0), programs, trips, arithmetic, walk,
         )  # fmt: skip
     if kernel == "info_nce_merge_kernel":
         return Work(f"parts={a['parts']} n={a['n']}", 0.0, 12.0 * (a["parts"] + 1) * a["n"], 0.0, programs, a["parts"])

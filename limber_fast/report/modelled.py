@@ -192,8 +192,15 @@ def row(entry: Entry, build: Build, chip: Chip) -> dict[str, Any]:
         "occupancy_limiter": fitting.limiter,
         "modelled_floor_s": found.floor,
         "limiter": found.limiter,
+        "limiter_source": source(found.limiter, chip),
         "modelled_s_by_resource": dict(found.seconds),
     }
+
+
+def source(resource: str, chip: Chip) -> str:
+    """Where the ceiling of a resource comes from; a pipe of an SM is as fast as the clock."""
+    rates = {"tensor": chip.tensor, "DRAM": chip.dram, "L2": chip.l2}
+    return rates.get(resource, chip.clock).source
 
 
 def ceilings(target: str) -> dict[str, Any]:
@@ -241,5 +248,6 @@ def _cells(one: Mapping[str, Any], resources: Sequence[str]) -> list[str]:
     if not resources:
         return cells
     seconds, floor = one["modelled_s_by_resource"], one["modelled_floor_s"]
+    limiter = f"{one['limiter']} ({one['limiter_source']})"
     shares = [f"{seconds[name] / floor:.0%}" if name in seconds else "-" for name in resources]
-    return [*cells, str(one["blocks_per_sm"]), one["occupancy_limiter"], f"{floor * 1e6:.1f}", one["limiter"], *shares]
+    return [*cells, str(one["blocks_per_sm"]), one["occupancy_limiter"], f"{floor * 1e6:.1f}", limiter, *shares]

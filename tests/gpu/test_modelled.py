@@ -75,6 +75,13 @@ def test_trips_follow_from_the_products_in_the_loop():
     assert 1.8 < issue[1] / issue[0] < 2 and issue[2] == issue[0]
 
 
+def test_limiter_that_is_only_assumed_says_so():
+    build = compile_case(samples.matmul(), "sm_90")
+    entry = modelled.Entry("samples", 0, samples.matmul(), dataclasses.replace(PRODUCT, l2_bytes=1e12))
+    row = modelled.row(entry, build, CHIP)
+    assert (row["limiter"], row["limiter_source"]) == ("L2", "assumed")
+
+
 def test_wide_accesses_to_shared_memory_take_their_words():
     def words(name: str) -> int:
         return modelled._words(modelled.sass.Instruction(0, False, name, ""))
@@ -102,6 +109,7 @@ def test_report_names_its_sources_and_measures_nothing(listed, tmp_path, capsys)
     assert {result["ceilings"][name]["source"] for name in ("tensor", "dram")} == {"measured"}
     product, total = result["rows"]
     assert (product["case"], product["limiter"], total["limiter"]) == ("product", "tensor", "DRAM")
+    assert product["limiter_source"] == "measured" and "  tensor (measured)  " in shown.out
     assert product["blocks_per_sm"] >= 1 and product["warps_per_sm"] == 8 * product["blocks_per_sm"]
     assert math.isclose(product["modelled_floor_s"], product["modelled_s_by_resource"]["tensor"])
 
