@@ -4,6 +4,7 @@
 #   make bench              ratios against eager PyTorch, as JSON and one page
 #   make gpu                checks of the GPU code; with a CUDA device also its tests, benchmarks and modelled bounds
 #   make gpu-matrix         the same checks under Triton 3.6, 3.8 and 3.9 [BUILDS=all: every build on every chip]
+#   make test-gpu-full      mutation scores: how many single-line faults in compiled kernels the checks notice (minutes)
 #   make lint | clean
 
 PYTHON ?= python3
@@ -26,7 +27,7 @@ ifneq ($(ORIGIN),$(shell cat $(STAMP) 2>/dev/null))
 $(shell rm -f $(STAMP))
 endif
 
-.PHONY: demo test lint bench gpu gpu-matrix clean
+.PHONY: demo test lint bench gpu gpu-matrix test-gpu-full clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -50,6 +51,9 @@ gpu: $(STAMP)
 	else \
 	  echo 'make gpu: no CUDA device: the kernels were compiled and checked, nothing was run on a GPU'; \
 	fi
+
+test-gpu-full: $(STAMP)
+	$(RUN) -m pytest -m slow_gpu -s tests/gpu
 
 gpu-matrix: $(STAMP)
 	.ci/gpu-matrix $(RUN) $(BUILDS)

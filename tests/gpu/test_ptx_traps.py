@@ -99,6 +99,41 @@ def test_write_after_read_without_barrier():
         run_by_hand(exchange.format(barrier=""), [], threads=64, shared=256, races=True)
 
 
+def test_race_between_blocks():
+    neighbour = Case(samples.neighbour_kernel, "neighbour", {"x": "*fp32"})
+    with pytest.raises(PtxTrap, match=r"race in tensor 0 \[9\] at byte 4: a write after a read by another block"):
+        run_case(neighbour, "sm_80", (8,), {"x": torch.zeros(9)}, races=True)
+
+
+def test_race_between_warps_in_global_memory():
+    exchange = """
+    mul.wide.u32 %d1, %r0, 4;
+    add.s64 %d2, %d0, %d1;
+    st.global.b32 [%d2], %r0;
+    {barrier}
+    xor.b64 %d3, %d1, 128;
+    add.s64 %d3, %d0, %d3;
+    ld.global.b32 %r1, [%d3];
+    """
+    memory = torch.zeros(64, dtype=torch.int32)
+    run_by_hand(exchange.format(barrier="bar.sync 0;"), [memory], threads=64, races=True)
+    with pytest.raises(PtxTrap, match="a read after a write by another warp, without a barrier between"):
+        run_by_hand(exchange.format(barrier=""), [memory], threads=64, races=True)
+
+
+def test_atomics_do_not_race():
+    body = "atom.shared.add.u32 %r1, [tile], 1;\nred.global.add.u32 [%d0], 1;"
+    start = "setp.eq.u32 %p1, %r0, 0;\n@%p1 st.shared.b32 [tile], 0;\nbar.sync 0;\n"
+    memory = torch.zeros(1, dtype=torch.int32)
+    run_by_hand(start + body, [memory], threads=64, shared=16, races=True)
+    assert memory.item() == 64
+
+
+def test_kernel_that_ends_with_a_copy_under_way():
+    with pytest.raises(PtxTrap, match="ends while a bulk copy is still reading shared memory"):
+        run_edited(DESCRIPTORS, "sm_90", r"^\s*cp\.async\.bulk\.wait_group\s.*$")
+
+
 def test_bulk_copy_without_wait():
     with pytest.raises(PtxTrap, match="before the wait for the asynchronous copy"):
         run_edited(DESCRIPTORS, "sm_90", r"mbarrier\.try_wait.* complete, .*;", "setp.eq.u32 complete, 0, 0;")

@@ -207,6 +207,8 @@ def copy_async(m: Machine, ins: Instruction) -> None:
     taken = np.full(lanes.size, size, np.int64)
     if len(operands) > 3:
         taken = _source_bytes(m, operands[3], size)[lanes]
+    if (taken > size).any():
+        raise PtxTrap(f"cp.async takes {int(taken.max())} bytes for a copy of {size}")
     require_aligned(target, size)
     require_aligned(source[taken > 0], size)
     m.shared.check_range(target, size)
@@ -237,7 +239,7 @@ def _source_bytes(m: Machine, operand: object, size: int) -> Array:
     name = getattr(operand, "name", "").lstrip("!")
     if not isinstance(operand, Immediate) and m.kernel.register_bits.get(name) == PREDICATE.width:
         return np.where(m.full(m.predicate(operand)), 0, size)
-    return np.minimum(m.full_bits(operand, 32).astype(np.int64), size)
+    return m.full_bits(operand, 32).astype(np.int64)
 
 
 def _fetch(m: Machine, source: Array, taken: Array, size: int) -> Array:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from limber_fast.kernels.catalogue import Case
@@ -10,6 +11,24 @@ from limber_fast.report.aot import compile_case
 
 from .execute import Counts, execute
 from .tma import descriptor_arguments
+
+_replacements: dict[str, str] = {}
+_launched: dict[str, str] = {}
+
+
+@contextmanager
+def replacing(texts: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """Inside the block `run_case` runs another text where it would run a key of `texts`.
+
+    Yields the compiled texts of all kernels launched in the block, by the kernel's name, filled as they run.
+    """
+    global _replacements, _launched
+    before = _replacements, _launched
+    _replacements, _launched = dict(texts), {}
+    try:
+        yield _launched
+    finally:
+        _replacements, _launched = before
 
 
 def run_case(case: Case, target: str, grid: Sequence[int], arguments: Mapping[str, Any], **options: Any) -> Counts:
@@ -31,7 +50,8 @@ def run_case(case: Case, target: str, grid: Sequence[int], arguments: Mapping[st
             values += descriptor_arguments(value, next(described))
         else:
             values.append(value)
-    text = options.pop("ptx", build.ptx)
+    _launched[case.kernel.__name__] = build.ptx
+    text = options.pop("ptx", _replacements.get(build.ptx, build.ptx))
     return execute(
         text, grid, (build.threads,), values, shared_bytes=build.metadata.shared,
         scratch_bytes=build.metadata.global_scratch_size, tensors=tensors, **options,

@@ -108,6 +108,8 @@ def publish_map(m: Machine, ins: Instruction) -> Wait | None:
     wait = whole_warp(m, "tensormap.cp_fenceproxy")
     if wait:
         return wait
+    if ins.operands[2].bits != MAP_BYTES:
+        raise PtxTrap(f"a tensor map has {MAP_BYTES} bytes, not {ins.operands[2].bits}")
     leaders = m.whole_warps("tensormap.cp_fenceproxy")
     raw = load_lanes(m, "shared", m.address(ins.operands[1])[leaders], leaders, 8, MAP_BYTES)
     addresses = m.address(ins.operands[0])[leaders]
