@@ -2,7 +2,7 @@
 
 - a result that no later instruction needs, followed through all branches and through results not needed either;
 - leaving out a constant that the register holds already;
-- a barrier next to another one, with nothing but register arithmetic between them;
+- a barrier or wait next to an equal one, with nothing but register arithmetic between them;
 - a wait or a commit that nothing to wait for can reach;
 - hints: prefetches, cache policies, sleeps.
 """
@@ -41,6 +41,7 @@ HINTS = frozenset(
 )
 TOUCHES_MEMORY = EFFECTS | {"ld", "ldu", "ldmatrix"}
 ENDS = ("ret", "exit")
+WAITS = ("cp.async.wait", "cp.async.bulk.wait", "wgmma.wait")
 
 
 def registers(operands: Iterable[Any]) -> set[str]:
@@ -163,12 +164,13 @@ def _track_constant(ins: Instruction, known: dict[str, int]) -> bool:
 
 
 def redundant_barriers(kernel: Kernel) -> set[int]:
-    """Whole-block barriers that an equal one precedes or follows in the same straight line."""
+    """Whole-block barriers, and waits for groups, that an equal one precedes or follows in the same straight line."""
     program = kernel.instructions
     targets = {i.target for i in program if i.opcode == "bra"}
 
     def is_barrier(i: int) -> bool:
-        return program[i].opcode in ("bar", "barrier") and not program[i].guard
+        waits = ".".join(program[i].parts).startswith(WAITS)
+        return (waits or program[i].opcode in ("bar", "barrier")) and not program[i].guard
 
     def meets(start: int, step: int) -> bool:
         i = start
@@ -235,5 +237,5 @@ def droppable_lines(kernel: Kernel) -> dict[int, str]:
     """Line -> why the instruction there may be left out, though a change of it might be seen."""
     program = kernel.instructions
     reasons = dict.fromkeys(repeated_constants(kernel), "the register holds this constant already")
-    reasons |= dict.fromkeys(redundant_barriers(kernel), "another barrier is next to it")
+    reasons |= dict.fromkeys(redundant_barriers(kernel), "its equal is next to it")
     return {program[i].line: reason for i, reason in reasons.items()}

@@ -34,7 +34,7 @@ ORDERED_SOURCES = {
     "fma": (2, 3), "setp": (1, 2),
 }  # fmt: skip
 SYNCHRONISATION = ("bar", "barrier", "fence", "membar")
-SYNCHRONISATION_PARTS = ("wait", "commit_group", "try_wait", "test_wait", "fence", "arrive", "expect_tx")
+SYNCHRONISATION_PARTS = ("wait", "commit_group", "try_wait", "test_wait", "fence", "arrive", "expect_tx")  # prefixes
 CONSTANT_OPCODES = frozenset(
     [
         "add",
@@ -65,7 +65,7 @@ CONSTANT_OPCODES = frozenset(
 )
 COUNTED_WAITS = ("cp.async.wait_group", "cp.async.bulk.wait_group", "wgmma.wait_group")
 UNCHANGED = ("ret", "exit")
-INTEGER = re.compile(r"(?<![\w%.$+<@-])-?(?:0x[0-9a-fA-F]+|\d+)(?![\w.])")
+INTEGER = re.compile(r"(?<![\w%.$+<@-])-?(?:0x[0-9a-fA-F]+|\d+)(?=U?(?![\w.]))")
 FLOAT = re.compile(r"\b0[fF][0-9a-fA-F]{8}\b")
 
 
@@ -138,7 +138,7 @@ def _changes(ins: Instruction, line: str) -> Iterator[tuple[str, str]]:
     code, semicolon, rest = line.partition(";")
     if not semicolon:
         return
-    synchronises = ins.opcode in SYNCHRONISATION or any(p in SYNCHRONISATION_PARTS for p in ins.parts[1:])
+    synchronises = ins.opcode in SYNCHRONISATION or any(p.startswith(SYNCHRONISATION_PARTS) for p in ins.parts[1:])
     scope = line[: len(line) - len(line.lstrip("{ \t"))].replace("\t", "")
     yield "dropped synchronisation" if synchronises else "dropped", scope
     changes = [*_guards(code), *_operators(ins, code), *_constants(ins, code), *_swaps(ins, code)]
@@ -179,6 +179,10 @@ def _constants(ins: Instruction, code: str) -> Iterator[tuple[str, str]]:
     start = code.index(ins.parts[0]) + len(name)
     for found in INTEGER.finditer(code, start):
         value = int(found[0], 0)
+        if ins.opcode == "prmt" and code.count(",", 0, found.start()) < 3:
+            # The bytes that one more or less would change need not be among those selected.
+            yield "constant", code[: found.start()] + str(~value) + code[found.end() :]
+            continue
         step = 1 if value >= 0 else -1
         yield "constant", code[: found.start()] + str(value + step) + code[found.end() :]
         if value and not name.startswith(COUNTED_WAITS):
