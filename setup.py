@@ -37,10 +37,10 @@ CUDA_ARCHITECTURES = ("80", "90a", "100")
 
 
 def cpu_extension(isa: str) -> Extension:
-    """One instruction set of the one CPU source."""
+    """One instruction set of the CPU sources."""
     return Extension(
         f"limber_fast._cpu_{isa}",
-        sources=["csrc/bindings/cpu.cpp"],
+        sources=sorted(str(path) for path in Path("csrc/bindings").glob("cpu*.cpp")),
         depends=[*HEADERS, "setup.py"],
         include_dirs=["csrc", pybind11.get_include()],
         define_macros=[(f"LIMBER_ISA_{isa.upper()}", "1"), ("LIMBER_MODULE", f"_cpu_{isa}")],

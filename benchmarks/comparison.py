@@ -29,6 +29,7 @@ class Trial:
         flops: floating-point operations that `ours` executes.
         bytes: what it must at least read and write: inputs and outputs.
         skipped: baselines that do not run here, with the reason.
+        bound: 'flops' or 'bytes', the ceiling that the row is held against.
     """
 
     ours: Callable[[], Any]
@@ -39,6 +40,7 @@ class Trial:
     flops: float
     bytes: float
     skipped: dict[str, str] = field(default_factory=dict)
+    bound: str = "flops"
 
 
 @dataclass(frozen=True, eq=False)

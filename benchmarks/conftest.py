@@ -47,7 +47,15 @@ def compare(
         trial = workload.prepare(workload)
         columns = measure(trial, workload.device, benchmark, budget, workload.fewest_rounds)
         row |= {"backend": backend, "isa": isa, "threads": limits.threads, **columns}
-        if "warm_s" in row:
+        if "warm_s" in row and trial.bound == "bytes":
+            bytes_per_s = limits.read_bytes_per_s
+            row |= {
+                "ceiling": "reading memory",
+                "ceiling_bytes_per_s": bytes_per_s,
+                "ceiling_fraction": trial.bytes / row["warm_s"] / bytes_per_s,
+                "ceiling_fraction_of_best": trial.bytes / row["best_s"] / bytes_per_s,
+            }
+        elif "warm_s" in row:
             row |= {
                 "ceiling": ceiling,
                 "ceiling_flop_per_s": flop_per_s,

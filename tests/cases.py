@@ -101,3 +101,60 @@ def eager_info_nce(
     if not symmetric:
         return loss
     return (loss + F.cross_entropy(logits.T, column.argsort(), reduction="none")[column]) / 2
+
+
+# Prompts as strings, one per row: 'i' is an image (k image tokens), 't' a text token; shorter rows end in text.
+PROMPTS = {
+    "one image a row": ("ittt", "itttt", "ittttt"),
+    "few-shot": ("itttitt", "tit", "tiit", "ttt"),
+    "image last": ("tti", "ttti"),
+    "images alone": ("ii", "ii"),
+}
+IMAGE_TOKEN, VOCABULARY = 900, 61
+
+# k, D, E: every ragged size in every place; few rows, whole tiles and more rows than one block sums.
+PROJECTIONS = ((1, 7, 5), (1, 1025, 96), (3, 33, 65), (49, 64, 130), (5, 640, 31), (17, 257, 1023), (260, 40, 48))
+
+
+def prompts(rows: tuple[str, ...], k: int, seed: int = 14) -> Tensor:
+    """input_ids [B, S] of PROMPTS' notation."""
+    length = max(row.count("t") + k * row.count("i") for row in rows)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(VOCABULARY, (len(rows), length), generator=generator)
+    for line, row in enumerate(rows):
+        at = 0
+        for kind in row:
+            if kind == "i":
+                ids[line, at : at + k] = IMAGE_TOKEN
+            at += k if kind == "i" else 1
+    return ids
+
+
+@lru_cache(maxsize=64)
+def projection(images: int, k: int, d: int, e: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Features, projection, embedding and layer norm in `dtype`, at the scale of an encoder and a language model."""
+    generator = torch.Generator().manual_seed(15)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    values = {
+        "features": normal(images, k, d), "weight": normal(e, d) / d**0.5, "bias": normal(e) / 2,
+        "ln_weight": 1 + normal(e) / 4, "ln_bias": normal(e) / 4, "embedding": normal(VOCABULARY, e),
+    }  # fmt: skip
+    return {name: x.to(dtype) for name, x in values.items()}
+
+
+def eager_project_concat(
+    features: Tensor, weight: Tensor, bias: Tensor | None, input_ids: Tensor, embedding: Tensor, *,
+    image_token_id: int, mask: Tensor | None = None, layer_norm: tuple[Tensor, Tensor, float] | None = None,
+) -> Tensor:  # fmt: skip
+    """As one writes it in eager PyTorch; `mask` holds dropout's zeros and 1 / (1 - p), as F.dropout multiplies."""
+    soft_prompts = F.linear(features, weight, bias).flatten(0, 1)
+    if mask is not None:
+        soft_prompts = soft_prompts * mask
+    if layer_norm is not None:
+        soft_prompts = F.layer_norm(soft_prompts, soft_prompts.shape[1:], *layer_norm)
+    is_image = input_ids == image_token_id
+    inputs_embeds = F.embedding(input_ids.masked_fill(is_image, 0), embedding).to(features.dtype)
+    return inputs_embeds.masked_scatter(is_image[..., None], soft_prompts)

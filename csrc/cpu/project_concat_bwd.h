@@ -12,9 +12,10 @@ template <class Op>
 class ProjectConcatBackward {
   using B = ProjectBlocks<Op>;
   static constexpr int MR = Op::MR, W = simd::W, P = Op::P;
-  static constexpr int TALL = B::TALL, LDE = 256 + 16, LDC = B::LDC;
+  static constexpr int TALL = B::TALL, LDE = 192 + 16, LDC = B::LDC;
   static constexpr int KS = Op::TILES ? MR : LDE;       // k stride of a packed block of gradient columns
   static constexpr int CHAIN = 32;                      // rows that a bias' gradient adds up before they join the total
+  static constexpr int64_t PACKED_ROWS = 64;            // of the weight, in one go
   static constexpr int64_t PANELS = int64_t(32) << 20;  // bytes of packed gradient rows in front of d_features
 
  public:
@@ -126,13 +127,19 @@ class ProjectConcatBackward {
     const int64_t per_thread = gradient + sums + round_up(tall, MR) * LDC;
     const Buffer<int64_t> offset = feature_offsets(p);
     const PlacedRows features{p.features, offset, rows_, p.D, p.dtype};
-    Buffer<float> packed(p.d_weight ? Dp * Kr_ : 0), scratch(p.threads * per_thread);
+    Buffer<float> packed(p.d_weight ? Dp * Kr_ : 0), scratch = scratch_floats(p.threads * per_thread);
 #pragma omp parallel num_threads(p.threads)
     {
       [[maybe_unused]] const typename Op::Session session;
       float *a = scratch + omp_get_thread_num() * per_thread, *total = a + gradient, *c = total + sums;
+      // The features' rows part by part, each [columns / NR][k][NR].
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t d = 0; d < (p.d_weight ? Dp : 0); d += NR) pack_natural<Op>(features, 0, rows_, d, packed + d * Kr_);
+      for (int64_t r = 0; r < (p.d_weight ? rows_ : 0); r += PACKED_ROWS) {
+        const int64_t k = r / P / part * part, kb = std::min(part, Kr_ - k);
+        for (int64_t d = 0; d < Dp; d += NR)
+          pack_natural<Op>(features, r, std::min(r + PACKED_ROWS, rows_), d,
+                           packed + k * Dp + d * kb + (r / P - k) * NR);
+      }
 #pragma omp for schedule(dynamic, 1)
       for (int64_t e = 0; e < p.E; e += tall) {
         const int64_t n = std::min(tall, p.E - e);
@@ -140,16 +147,27 @@ class ProjectConcatBackward {
         for (int64_t j = 0; p.d_bias && j < n; j += W)
           store_from_float(p.dtype, p.d_bias, e + j, simd::mul(simd::load(total + j), simd::set1(factor_)), n - j);
         for (int64_t d = 0; d < (p.d_weight ? p.D : 0); d += wide) {
-          const int64_t nb = round_up(std::min(wide, p.D - d), NR);
+          const int64_t nd = std::min(wide, p.D - d), nb = round_up(nd, NR);
           for (int64_t k = 0; k < Kr_; k += part)
-            for (int64_t i = 0; i < n; i += MR)
-              multiply_strip<Op, KS>(c + i * LDC, LDC, Op::TILES ? MR : (int)std::min<int64_t>(MR, n - i),
-                                     std::min(part, Kr_ - k), a + (Op::TILES ? i * Kr_ : i) + k * KS,
-                                     packed + d * Kr_ + k * NR, NR * Kr_, nb, k > 0);
-          for (int64_t i = 0; i < n; i++) write(p.d_weight, e + i, d, std::min(wide, p.D - d), c + i * LDC);
+            for (int64_t j = 0; j < nb; j += NR)
+              multiply_panel(c + j, n, std::min(part, Kr_ - k), a + k * KS,
+                             packed + k * Dp + (d + j) * std::min(part, Kr_ - k), k > 0);
+          for (int64_t i = 0; i < n; i++) write(p.d_weight, e + i, d, nd, c + i * LDC);
         }
       }
     }
+  }
+
+  // C[n x NR] (+)= A B over k dwords: B, a packed panel, streams from L3, A, the packed gradient, lies in L2.
+  void multiply_panel(float* C, int64_t n, int64_t k, const float* A, const float* Bp, bool accumulate) const {
+    const int64_t tiles = ceil_div(n, MR), share = ceil_div(4 * B::PART * NR, tiles);
+    for (int64_t at = 0; at < k; at += B::PART)
+      for (int64_t i = 0; i < tiles; i++) {
+        stream_ahead(Bp + (at + B::PART) * NR + i * share / 4, share);
+        gemm_tile<Op, 1, KS>(Op::TILES ? MR : (int)std::min<int64_t>(MR, n - i * MR),
+                             std::min<int64_t>(B::PART, k - at), A + i * (Op::TILES ? MR * Kr_ : MR) + at * KS,
+                             Bp + at * NR, C + i * MR * LDC, LDC, NR, accumulate || at > 0);
+      }
   }
 
   // Columns e .. e+n-1 of all gradient rows as the A of d_weight, whose k is the row, and their sums.
@@ -196,7 +214,7 @@ class ProjectConcatBackward {
     const int64_t Ke = dwords<Op>(p.E), width = B::columns(p.D, Ke, p.threads);
     const int64_t most = std::clamp<int64_t>(round_up(PANELS / (4 * Ke), MR), MR, round_up(rows_, MR));
     const int64_t per_thread = width * Ke + MR * LDC;
-    Buffer<float> packed(most * Ke), scratch(p.threads * per_thread);
+    Buffer<float> packed(most * Ke), scratch = scratch_floats(p.threads * per_thread);
 #pragma omp parallel num_threads(p.threads)
     {
       [[maybe_unused]] const typename Op::Session session;
@@ -208,12 +226,14 @@ class ProjectConcatBackward {
           pack_rows<Op>(gradient_, r, std::min<int64_t>(r + MR, r1), packed + (r - r0) * Ke);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t d = 0; d < p.D; d += width) {
-          const int64_t n = std::min(width, p.D - d);
-          for (int64_t j = 0; j < n; j += NR) pack_natural<Op>(weight_rows(p), 0, p.E, d + j, block + j * Ke);
+          const int64_t n = std::min(width, p.D - d), nb = round_up(n, NR);
+          for (int64_t k = 0; k < Ke; k += PACKED_ROWS / P)
+            for (int64_t j = 0; j < n; j += NR)
+              pack_natural<Op>(weight_rows(p), k * P, std::min(k * P + PACKED_ROWS, p.E), d + j,
+                               block + j * Ke + k * NR);
           for (int64_t r = r0; r < r1; r += MR) {
             const int R = (int)std::min<int64_t>(MR, r1 - r);
-            multiply_strip<Op, MR>(strip, LDC, Op::TILES ? MR : R, Ke, packed + (r - r0) * Ke, block, NR * Ke, n,
-                                   false);
+            multiply_strip<Op>(strip, LDC, Op::TILES ? MR : R, Ke, packed + (r - r0) * Ke, block, NR * Ke, nb);
             for (int i = 0; i < R; i++) write(p.d_features, r + i, d, n, strip + i * LDC);
           }
         }

@@ -30,7 +30,7 @@ class Projection {
         offset_(feature_offsets(p)),
         features_{p.features, offset_, rows_, p.D, p.dtype},
         packed_((few_ ? rows_ : round_up(rows_, MR)) * round_up(Kd_, W)),
-        scratch_(p.threads * per_thread()),
+        scratch_(scratch_floats(p.threads * per_thread())),
         keys_(p.dropout ? rows_ : 0) {
     if (p.dropout) mask_.emplace(p.seed, p.threshold);
   }
@@ -61,7 +61,7 @@ class Projection {
       pack_transposed<Op, NR>(weight_rows(p), e, e + n, block);
       for (int64_t r = 0; r < rows_; r += MR) {
         const int R = (int)std::min<int64_t>(MR, rows_ - r);
-        multiply_strip<Op, MR>(strip, B::LDC, Op::TILES ? MR : R, Kd_, packed_ + r * Kd_, block, NR * Kd_, n, false);
+        multiply_strip<Op>(strip, B::LDC, Op::TILES ? MR : R, Kd_, packed_ + r * Kd_, block, NR * Kd_, round_up(n, NR));
         for (int i = 0; i < R; i++) write(r + i, e, n, strip + i * B::LDC);
       }
     }
@@ -72,8 +72,10 @@ class Projection {
 
   int64_t per_thread() const { return few_ ? rows_ * FEW_COLUMNS : width_ * Kd_ + MR * B::LDC; }
 
+  char* row(int64_t r) const { return (char*)out_ + (place_ ? place_[r] : r) * p.E * size_of(p.dtype); }
+
   void write(int64_t r, int64_t e, int64_t n, const float* sums) const {
-    void* row = (char*)out_ + (place_ ? place_[r] : r) * p.E * size_of(p.dtype);
+    void* to = row(r);
     alignas(64) float keep[NR];
     for (int64_t j = 0; j < n; j += NR) {
       if (p.dropout) mask_->template factors<NR>(keys_[r], e + j, p.factor, keep);
@@ -82,7 +84,7 @@ class Projection {
         simd::vec x = simd::load(sums + j + h);
         if (p.bias) x = simd::add(x, load_as_float(p.dtype, p.bias, at, p.E - at));
         if (p.dropout) x = simd::mul(x, simd::load(keep + h));
-        store_from_float(p.dtype, row, at, x, n - j - h);
+        store_from_float(p.dtype, to, at, x, n - j - h);
       }
     }
   }
