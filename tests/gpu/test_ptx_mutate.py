@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+import cases
 import pytest
 import torch
 
@@ -112,20 +113,14 @@ def test_score_of_the_shipped_info_nce(target, monkeypatch):
     monkeypatch.setitem(dispatch.ORDER, "cpu", ("triton", "eager"))
     monkeypatch.setattr(backend, "info_nce_supports", lambda request: None)
     monkeypatch.setattr(backend, "_chip", lambda device: ((int(target[3]), 0), 3))
-    generator = torch.Generator().manual_seed(0)
-    image, text = (torch.nn.functional.normalize(torch.randn(200, 72, generator=generator), dim=1) for _ in range(2))
-    inputs = [image.bfloat16(), text.bfloat16(), torch.tensor(14.0)]
-    exact = gradients(reference, [x.double() for x in inputs])
+    problems = [tower_problem(*p) for p in (("wild", 130, 328), ("unit", 130, 72))]
 
     def right(texts: dict[str, str]) -> bool:
-        with replacing(texts), running(target, races=True, max_instructions=20_000):
-            found = gradients(info_nce, inputs)
-        limits = (1e-6, 4e-3, 4e-3, 2e-3)
-        return all(relative_error(f, e) < limit for f, e, limit in zip(found, exact, limits, strict=True))
+        """`wild` data needs the kernels that do tiles over; a D of 328 goes round all stages of a pipeline."""
+        return all(agrees(inputs, exact, texts, target) for inputs, exact in problems)
 
     with replacing({}) as launched:
-        with running(target):
-            gradients(info_nce, inputs)
+        assert right({})
         kernels = dict(launched)
     rates = {}
     for name, compiled in kernels.items():
@@ -133,6 +128,19 @@ def test_score_of_the_shipped_info_nce(target, monkeypatch):
         rates[name] = score.rate
         print(f"\n{name} {target}: {score.report()}", flush=True)
     assert all(rate >= GOAL for rate in rates.values()), rates
+
+
+def tower_problem(data: str, n: int, d: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    image, text, scale = cases.towers(data, n, n, d, torch.bfloat16)
+    inputs = [image, text, torch.tensor(scale)]
+    return inputs, gradients(reference, [x.double() for x in inputs])
+
+
+def agrees(inputs: list[torch.Tensor], exact: list[torch.Tensor], texts: dict[str, str], target: str) -> bool:
+    with replacing(texts), running(target, races=True, max_instructions=20_000):
+        found = gradients(info_nce, inputs)
+    limits = (1e-6, 4e-3, 4e-3, 2e-3)
+    return all(relative_error(f, e) < limit for f, e, limit in zip(found, exact, limits, strict=True))
 
 
 def gradients(function: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -12,8 +12,7 @@ from limber_fast.report.aot import compile_case
 from .execute import Counts, execute
 from .tma import descriptor_arguments
 
-_replacements: dict[str, str] = {}
-_launched: dict[str, str] = {}
+_open_blocks: list[tuple[Mapping[str, str], dict[str, str]]] = []
 
 
 @contextmanager
@@ -22,13 +21,12 @@ def replacing(texts: Mapping[str, str]) -> Iterator[dict[str, str]]:
 
     Yields the compiled texts of all kernels launched in the block, by the kernel's name, filled as they run.
     """
-    global _replacements, _launched
-    before = _replacements, _launched
-    _replacements, _launched = dict(texts), {}
+    launched: dict[str, str] = {}
+    _open_blocks.append((texts, launched))
     try:
-        yield _launched
+        yield launched
     finally:
-        _replacements, _launched = before
+        _open_blocks.pop()
 
 
 def run_case(case: Case, target: str, grid: Sequence[int], arguments: Mapping[str, Any], **options: Any) -> Counts:
@@ -50,8 +48,10 @@ def run_case(case: Case, target: str, grid: Sequence[int], arguments: Mapping[st
             values += descriptor_arguments(value, next(described))
         else:
             values.append(value)
-    _launched[case.kernel.__name__] = build.ptx
-    text = options.pop("ptx", _replacements.get(build.ptx, build.ptx))
+    text = options.pop("ptx", build.ptx)
+    for texts, launched in _open_blocks:
+        launched[case.kernel.__name__] = build.ptx
+        text = texts.get(text, text)
     return execute(
         text, grid, (build.threads,), values, shared_bytes=build.metadata.shared,
         scratch_bytes=build.metadata.global_scratch_size, tensors=tensors, **options,

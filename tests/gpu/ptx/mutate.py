@@ -23,7 +23,7 @@ from .values import PtxTrap, UnknownInstruction
 # What an opcode, up to its first type, turns into. Never into something that often does the same, such as or -> xor.
 OPERATORS = {
     "add": "sub", "sub": "add", "and": "or", "or": "and", "xor": "and", "shl": "shr", "shr": "shl", "min": "max",
-    "max": "min", "mul.f32": "add.f32", "div.full": "mul", "shfl.sync.bfly": "shfl.sync.down",
+    "max": "min", "mul.f32": "add.f32", "div.full": "mul",
 }  # fmt: skip
 COMPARISONS = {
     "lt": ("le", "ge"), "le": ("lt", "gt"), "gt": ("ge", "le"), "ge": ("gt", "lt"), "eq": ("ne",), "ne": ("eq",),
@@ -176,8 +176,10 @@ def _constants(ins: Instruction, code: str) -> Iterator[tuple[str, str]]:
     name = ".".join(ins.parts)
     if ins.opcode not in CONSTANT_OPCODES and not name.startswith(COUNTED_WAITS):
         return
-    start = code.index(ins.parts[0]) + len(name)
-    for found in INTEGER.finditer(code, start):
+    start, end = code.index(name) + len(name), len(code)
+    if ins.opcode == "shfl":
+        end = code.rindex(",", 0, code.rindex(","))  # the distance, not the clamp and the member mask
+    for found in INTEGER.finditer(code, start, end):
         value = int(found[0], 0)
         if ins.opcode == "prmt" and code.count(",", 0, found.start()) < 3:
             # The bytes that one more or less would change need not be among those selected.
