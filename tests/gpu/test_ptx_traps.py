@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+import triton
 
 from gpu import samples
 from gpu.ptx import PtxTrap, UnknownInstruction, execute
@@ -61,8 +62,21 @@ def test_unwritten_shared_memory():
 def test_unwritten_register():
     with pytest.raises(PtxTrap, match="register %r2 is read before it is written"):
         run_by_hand("add.s32 %r1, %r0, %r2;", [])
-    with pytest.raises(PtxTrap, match="register %r2 is read in a lane that has not written it"):
-        run_by_hand("setp.lt.u32 %p1, %r0, 8;\n@%p1 mov.u32 %r2, 1;\nadd.s32 %r1, %r0, %r2;", [])
+
+
+@pytest.mark.parametrize(
+    "use",
+    ["st.shared.b32 [tile], %r3;", "ld.shared.b32 %r4, [%r3];", "setp.eq.s32 %p2, %r3, 1;\n@%p2 bra end;\nend:"],
+    ids=["stored", "address", "branch"],
+)
+def test_undefined_lanes(use):
+    """They may be computed with, as compilers do in lanes that nobody stores, but not used."""
+    start = "setp.lt.u32 %p1, %r0, 8;\n@%p1 mov.u32 %r2, 1;\nadd.s32 %r3, %r0, %r2;\n"
+    run_by_hand(start, [], shared=128)
+    run_by_hand(start + "selp.b32 %r3, %r3, 0, %p1;\nst.shared.b32 [tile], %r3;", [], shared=128)
+    run_by_hand(start + "shfl.sync.idx.b32 %r3, %r3, 2, 31, -1;\nst.shared.b32 [tile], %r3;", [], shared=128)
+    with pytest.raises(PtxTrap, match=r"register %[rp][23] is used in a lane where it is undefined"):
+        run_by_hand(start + use, [], shared=128)
 
 
 def test_undefined_by_the_compilers_own_word_is_no_trap():
@@ -131,7 +145,7 @@ def test_atomics_do_not_race():
 
 def test_kernel_that_ends_with_a_copy_under_way():
     with pytest.raises(PtxTrap, match="ends while a bulk copy is still reading shared memory"):
-        run_edited(DESCRIPTORS, "sm_90", r"^\s*cp\.async\.bulk\.wait_group\s.*$")
+        run_edited(DESCRIPTORS, "sm_90", r"^.*cp\.async\.bulk\.wait_group.*$")
 
 
 def test_bulk_copy_without_wait():
@@ -157,6 +171,8 @@ def test_wgmma_without_fence():
 def test_missing_proxy_fence():
     with pytest.raises(PtxTrap, match=r"without fence\.proxy\.async"):
         run_edited(DESCRIPTORS, "sm_90", r"^\s*fence\.proxy\.async.*$")
+    if triton.__version__ < "3.8":
+        return  # leaves this fence out by itself
     with pytest.raises(PtxTrap, match=r"by the asynchronous proxy without fence\.proxy\.async.*wgmma"):
         run_edited(MATMUL, "sm_90", r"^\s*fence\.proxy\.async.*$")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .machine import Machine
-from .memory import LOCAL_WINDOW, PARAMETER_WINDOW, SHARED_WINDOW, WINDOW_BYTES
+from .memory import WINDOW_BYTES, WINDOWS
 from .opcodes import opcode, refuse
 from .syntax import IMPLICIT_DEFINITION, Instruction, Symbol, Vector
 from .values import B64, F32, FLOAT, UNSIGNED, Array, Type, UnknownInstruction
@@ -33,7 +33,7 @@ def move(m: Machine, ins: Instruction) -> None:
     elif isinstance(source, Vector):
         m.write(target, _join(m, source, kind))
     elif isinstance(source, Symbol) and source.name in {p.name for p in m.kernel.parameters}:
-        m.write(target, np.array(PARAMETER_WINDOW + _parameter_offset(m, source.name), np.uint64))
+        m.write(target, np.array(_parameter_offset(m, source.name), UNSIGNED[kind.bits]))
     else:
         m.write(target, m.bits(source, kind.bits))
 
@@ -61,10 +61,8 @@ def _join(m: Machine, source: Vector, kind: Type) -> Array:
 @opcode("cvta")
 def convert_address(m: Machine, ins: Instruction) -> None:
     """Global addresses are generic already; shared, local and parameter addresses have windows of their own."""
-    window = 0
-    for name, start in (("shared", SHARED_WINDOW), ("local", LOCAL_WINDOW)):
-        if any(p.split("::")[0] == name for p in ins.parts):
-            window = start
+    spaces = {p.split("::")[0] for p in ins.parts}
+    window = next((start for name, start in WINDOWS.items() if name in spaces), 0)
     source = m.bits(ins.operands[1], 64)
     inside = window and (source - np.uint64(window)) < np.uint64(WINDOW_BYTES)
     if not window:

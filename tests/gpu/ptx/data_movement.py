@@ -5,13 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from .machine import Machine
-from .memory import LOCAL_WINDOW, PARAMETER_WINDOW, SHARED_WINDOW, WINDOW_BYTES, WRITTEN
+from .memory import VISIBLE, WINDOW_BYTES, WINDOWS, WRITTEN
 from .opcodes import opcode, refuse
 from .syntax import Immediate, Instruction, Symbol, Vector
 from .values import PREDICATE, UNSIGNED, Array, PtxTrap, Type, UnknownInstruction, decode, encode, pack, unpack
 
 SPACES = ("global", "shared", "local", "param", "const")
-WINDOWS = {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW, "param": PARAMETER_WINDOW}
 
 
 def state_space(ins: Instruction) -> str:
@@ -227,7 +226,7 @@ def copy_async(m: Machine, ins: Instruction) -> None:
 
     def deliver(which: Array) -> None:
         words = _fetch(m, source[which], taken[which], size)
-        m.shared.finish_copy(positions[which], 32, words, WRITTEN)
+        m.shared.finish_copy(positions[which], 32, words, WRITTEN if m.copies_need_fence else VISIBLE)
         if m.races:
             m.races.finish_write(positions[which], size, lanes[which])
 

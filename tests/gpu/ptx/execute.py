@@ -28,6 +28,15 @@ from .values import WARP, Array, PtxTrap, UnknownInstruction
 # Importing a module puts its opcodes into the table.
 HANDLER_MODULES = (arithmetic, conversions, data_movement, logic, mbarrier, tensor_core, tma, warp, wgmma)
 
+# What these compute from an undefined lane is undefined there, and a trap only where it is used: compilers turn masked
+# loads and reductions into code that computes in all lanes and stores in some.
+PASSES_ON = frozenset(
+    {
+        "add", "sub", "mul", "mad", "fma", "min", "max", "div", "rem", "neg", "abs", "and", "or", "xor", "not", "shl",
+        "shr", "shf", "bfe", "bfi", "prmt", "lop3", "mov", "cvt", "selp", "setp", "shfl", *arithmetic.FUNCTIONS,
+    }
+)  # fmt: skip
+
 HELD, ENDED = 1 << 40, 1 << 50
 
 
@@ -46,6 +55,7 @@ def execute(
     entry: str | None = None,
     races: bool = False,
     scratch_bytes: int = 0,
+    copies_need_fence: bool = True,
     recorder: Any = None,
     lanes: int = 4096,
     max_instructions: int = 1_000_000,
@@ -61,6 +71,8 @@ def execute(
     races: also trap accesses to shared memory that no barrier orders, and to global memory what one block does to
         another's without atomics. Runs one block at a time.
     scratch_bytes: Triton's global scratch per program, `compiled.metadata.global_scratch_size`.
+    copies_need_fence: whether data that cp.async has brought needs a fence.proxy.async before wgmma reads it, as the
+        PTX memory model has it. Triton before 3.8 leaves the fence out.
     recorder: a `stats.Recorder` that sees every memory access.
     lanes: how many threads run together; max_instructions: a bound on each such batch, against endless loops.
 
@@ -83,7 +95,7 @@ def execute(
             machine.copies, machine.bulk_stores, machine.products = (GroupQueue(machine.lanes) for _ in range(3))
             machine.block_barriers, machine.recorder = BlockBarriers(machine), recorder
             machine.races = RaceDetector(machine) if races else None
-            machine.global_races = global_races
+            machine.global_races, machine.copies_need_fence = global_races, copies_need_fence
             Scheduler(machine, max_instructions).run()
             counts.update(machine.counts)
     return counts
@@ -175,7 +187,7 @@ class Scheduler:
 
     def _step(self, here: int, mask: Array | None) -> None:
         m, ins = self.m, self.program[here]
-        m.mask = mask
+        m.mask, m.passes_on, m.taint = mask, False, None
         if m.recorder:
             m.recorder.instruction = ins
         try:
@@ -228,6 +240,7 @@ class Scheduler:
         return self.counters
 
     def _handle(self, ins: Instruction, mask: Array | None, here: int) -> None:
+        self.m.passes_on = bool(self.m.undefined) and ins.opcode in PASSES_ON
         wait: Wait | None = ins.handler(self.m, ins)
         if wait is None:
             self.executed += 1

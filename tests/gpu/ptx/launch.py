@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import triton
+
 from limber_fast.kernels.catalogue import Case
 from limber_fast.report.aot import compile_case
 
@@ -36,7 +38,9 @@ def run_case(case: Case, target: str, grid: Sequence[int], arguments: Mapping[st
     options: of `execute`; `ptx` runs another text than the compiled one, such as a mutant.
     """
     build = compile_case(case, target)
-    described = iter(build.metadata.tensordesc_meta or ())
+    described = iter(getattr(build.metadata, "tensordesc_meta", None) or ())
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    options.setdefault("copies_need_fence", version >= (3, 8))
     values: list[Any] = []
     tensors = list(options.pop("tensors", ()))
     for name in case.kernel.arg_names:

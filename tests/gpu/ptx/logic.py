@@ -134,9 +134,15 @@ def reverse_bits(m: Machine, ins: Instruction) -> None:
 
 @opcode("selp")
 def select(m: Machine, ins: Instruction) -> None:
-    width = ins.type.width
-    chosen = m.predicate(ins.operands[3])
-    m.write(ins.operands[0], np.where(chosen, m.bits(ins.operands[1], width), m.bits(ins.operands[2], width)))
+    """Only the operand that is chosen has to be defined."""
+    width, chosen, active = ins.type.width, m.predicate(ins.operands[3]), m.mask
+    values = []
+    for operand, wanted in zip(ins.operands[1:3], (chosen, ~chosen), strict=True):
+        if m.undefined:
+            m.mask = m.full(wanted) if active is None else wanted & active
+        values.append(m.bits(operand, width))
+    m.mask = active
+    m.write(ins.operands[0], np.where(chosen, *values))
 
 
 COMPARE = {

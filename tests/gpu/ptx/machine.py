@@ -46,6 +46,10 @@ class Machine:
         self.registers: dict[str, Array] = {}
         self.undefined: dict[str, Array] = {}
         self.mask: Array | None = None
+        self.passes_on = False
+        """Whether the current instruction may read undefined lanes: its result is undefined there."""
+        self.taint: Array | None = None
+        """Lanes in which the current instruction has read something undefined."""
         self.counts: Counter[str] = Counter()
         self.copies: GroupQueue
         self.bulk_stores: GroupQueue
@@ -63,6 +67,7 @@ class Machine:
         self.first_block = blocks.start
         self.races: RaceDetector | None = None
         self.global_races: GlobalRaces | None = None
+        self.copies_need_fence = True
         self.atomic = False
         """While an atomic runs: its accesses race with ordinary ones only."""
         self.recorder: Recorder | None = None
@@ -114,8 +119,13 @@ class Machine:
                 raise PtxTrap(f"register {name} is read before it is written, or while a wgmma is writing it")
             raise UnknownInstruction(f"register {name}")
         missing = self.undefined.get(name)
-        if missing is not None and (missing if self.mask is None else missing & self.mask).any():
-            raise PtxTrap(f"register {name} is read in a lane that has not written it")
+        if missing is None:
+            return
+        missing = missing if self.mask is None else missing & self.mask
+        if missing.any():
+            if not self.passes_on:
+                raise PtxTrap(f"register {name} is used in a lane where it is undefined")
+            self.taint = missing if self.taint is None else self.taint | missing
 
     def predicate(self, operand: Any) -> Array:
         if type(operand) is Immediate:
@@ -145,6 +155,11 @@ class Machine:
             self.write_named(register.name, bits)
 
     def write_named(self, name: str, bits: Array) -> None:
+        self._replace(name, bits)
+        if self.taint is not None:
+            self.undefined[name] = self.taint | self.undefined.get(name, False)
+
+    def _replace(self, name: str, bits: Array) -> None:
         width = self.kernel.register_bits[name]
         bits = np.asarray(bits)
         if width > 1 and bits.dtype.itemsize * 8 != width:

@@ -30,6 +30,7 @@ def shuffle(m: Machine, ins: Instruction) -> Wait | None:
     if wait:
         return wait
     values = _rows(m.full_bits(value, 32))
+    undefined = m.taint
     offset = _rows(m.full_bits(distance, 32)).astype(np.int64) & 31
     control = _rows(m.full_bits(clamp, 32)).astype(np.int64)
     segment = (control >> 8) & 31
@@ -44,6 +45,8 @@ def shuffle(m: Machine, ins: Instruction) -> Wait | None:
     active = _active_rows(m)
     if (active & ~np.take_along_axis(active, source, 1)).any():
         raise PtxTrap("shfl.sync reads from a lane that does not take part")
+    if undefined is not None:
+        m.taint = np.take_along_axis(_rows(undefined), source, 1).reshape(-1)
     targets = getattr(target, "items", (target,))
     m.write(targets[0], np.take_along_axis(values, source, 1).reshape(-1))
     if len(targets) > 1:
