@@ -11,6 +11,7 @@ import torch
 
 from gpu import samples
 from gpu.launching import running
+from gpu.ptx import execute
 from gpu.ptx.equivalence import droppable_lines, equivalent_lines
 from gpu.ptx.launch import replacing, run_case
 from gpu.ptx.mutate import Mutant, mutants, mutation_score, sample
@@ -101,7 +102,7 @@ def test_score_of_the_samples(name, target):
         "softmax": lambda: softmax_verdict(target),
         "int8": lambda: int8_verdict(target),
     }[name]()
-    score = mutation_score(compile_case(case, target).ptx, verdict, count=100)
+    score = mutation_score(compile_case(case, target).ptx, verdict, count=100, race_checked=True)
     print(f"\n{name} {target}: {score.report()}")
     assert score.rate >= GOAL, score.report()
 
@@ -124,7 +125,7 @@ def test_score_of_the_shipped_info_nce(target, monkeypatch):
         kernels = dict(launched)
     rates = {}
     for name, compiled in kernels.items():
-        score = mutation_score(compiled, lambda ptx, key=compiled: right({key: ptx}), count=16)
+        score = mutation_score(compiled, lambda ptx, key=compiled: right({key: ptx}), count=16, race_checked=True)
         rates[name] = score.rate
         print(f"\n{name} {target}: {score.report()}", flush=True)
     assert all(rate >= GOAL for rate in rates.values()), rates
@@ -163,6 +164,35 @@ def test_a_sample_is_reproducible_and_mixed():
 def test_a_blind_check_scores_nothing():
     score = mutation_score(handwritten("add.s32 %r1, %r0, 1;\nst.global.b32 [%d0], %r1;"), lambda ptx: True, count=4)
     assert score.rate == 0 and len(score.survived) == 4 and "survived: line" in score.report()
+
+
+def test_unneeded_barriers_are_findings():
+    """The first barrier orders nothing, the second orders the exchange."""
+    text = handwritten(
+        """
+        bar.sync 0;
+        shl.b32 %r1, %r0, 2;
+        st.shared.b32 [%r1], %r0;
+        bar.sync 0;
+        xor.b32 %r2, %r1, 128;
+        ld.shared.b32 %r3, [%r2];
+        cvt.u64.u32 %d1, %r1;
+        add.s64 %d2, %d0, %d1;
+        st.global.b32 [%d2], %r3;
+        """,
+        shared=256,
+    )
+
+    def verdict(ptx: str) -> bool:
+        out = torch.full((64,), -1, dtype=torch.int32)
+        execute(ptx, (1,), (64,), [out], races=True)
+        return out.tolist() == [i ^ 32 for i in range(64)]
+
+    score = mutation_score(text, verdict, count=1000, race_checked=True)
+    assert len(score.unneeded_barriers) == 1 and score.by_kind["dropped synchronisation"] == {"killed": 1}
+    assert score.rate >= GOAL, score.report()
+    uncounted = mutation_score(text, verdict, count=1000)
+    assert uncounted.total == score.total + 1 and not uncounted.unneeded_barriers
 
 
 def test_a_check_that_rejects_the_kernel_itself_is_refused():

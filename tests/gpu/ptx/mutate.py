@@ -64,6 +64,7 @@ CONSTANT_OPCODES = frozenset(
     ]
 )
 COUNTED_WAITS = ("cp.async.wait_group", "cp.async.bulk.wait_group", "wgmma.wait_group")
+BLOCK_BARRIER = re.compile(r"\b(bar|barrier)(\.cta)?\.sync\b")
 UNCHANGED = ("ret", "exit")
 INTEGER = re.compile(r"(?<![\w%.$+<@-])-?(?:0x[0-9a-fA-F]+|\d+)(?=U?(?![\w.]))")
 FLOAT = re.compile(r"\b0[fF][0-9a-fA-F]{8}\b")
@@ -93,6 +94,8 @@ class Score:
     survived: list[Mutant] = field(default_factory=list)
     excluded: list[tuple[Mutant, str]] = field(default_factory=list)
     by_kind: dict[str, Counter[str]] = field(default_factory=dict)
+    unneeded_barriers: list[Mutant] = field(default_factory=list)
+    """Not counted: without them every access is still ordered, as far as the verdict's race check has run."""
 
     @property
     def total(self) -> int:
@@ -106,7 +109,10 @@ class Score:
         head = f"{self.killed.total()} of {self.total} mutants noticed ({self.rate:.0%}): {dict(self.killed)}"
         kinds = [f"  {kind}: {dict(counts)}" for kind, counts in sorted(self.by_kind.items())]
         left = [f"  survived: {mutant}" for mutant in self.survived]
-        return "\n".join([head, f"  {len(self.excluded)} equivalent ones left out", *kinds, *left])
+        apart = (
+            f"  {len(self.excluded)} equivalent ones left out, {len(self.unneeded_barriers)} unneeded barriers found"
+        )
+        return "\n".join([head, apart, *kinds, *left])
 
 
 def mutants(ptx: str, entry: str | None = None) -> tuple[list[Mutant], list[tuple[Mutant, str]]]:
@@ -227,18 +233,24 @@ def sample(ptx: str, count: int, seed: int = 0, entry: str | None = None) -> lis
 
 
 def mutation_score(
-    ptx: str, verdict: Callable[[str], bool], *, count: int = 60, seed: int = 0, entry: str | None = None
-) -> Score:
+    ptx: str, verdict: Callable[[str], bool], *, count: int = 60, seed: int = 0, entry: str | None = None,
+    race_checked: bool = False,
+) -> Score:  # fmt: skip
     """Run `verdict` on a seeded sample of mutants.
 
     verdict: runs a text and says whether the results are right; a PtxTrap or UnknownInstruction it lets through counts
         as noticed. It should bound `max_instructions`: some mutants never end.
+    race_checked: the verdict runs with races=True. A block-wide barrier that can be dropped then orders nothing in
+        these runs: a finding about the kernel, no fault that a check has missed.
     """
     if not verdict(ptx):
         raise ValueError("mutation_score: verdict rejects the kernel as it is")
     score = Score(excluded=mutants(ptx, entry)[1])
     for mutant in sample(ptx, count, seed, entry):
         outcome = _outcome(mutant.apply(ptx), verdict)
+        if race_checked and not outcome and not mutant.after.strip() and BLOCK_BARRIER.search(mutant.before):
+            score.unneeded_barriers.append(mutant)
+            continue
         counts = score.by_kind.setdefault(mutant.kind, Counter())
         counts["killed" if outcome else "survived"] += 1
         if outcome:
