@@ -33,6 +33,8 @@ class ProjectConcatBackward {
 
   void run() {
     if (!rows_) return clear();
+    if (p.d_weight) advise_huge_pages(p.d_weight, p.E * p.D * size_of(p.dtype));
+    if (p.d_features) advise_huge_pages(p.d_features, rows_ * p.D * size_of(p.dtype));
     if (p.layer_norm) through_layer_norm();
     if (p.d_weight || p.d_bias) weight_gradient();
     if (p.d_features) feature_gradient();
@@ -152,9 +154,11 @@ class ProjectConcatBackward {
             for (int64_t j = 0; j < nb; j += NR)
               multiply_panel(c + j, n, std::min(part, Kr_ - k), a + k * KS,
                              packed + k * Dp + (d + j) * std::min(part, Kr_ - k), k > 0);
-          for (int64_t i = 0; i < n; i++) write(p.d_weight, e + i, d, nd, c + i * LDC);
+          for (int64_t i = 0; i < n; i++)
+            write(p.d_weight, e + i, d, nd, c + i * LDC, p.E * p.D * size_of(p.dtype) >= LARGE);
         }
       }
+      end_stores();
     }
   }
 
@@ -234,7 +238,7 @@ class ProjectConcatBackward {
           for (int64_t r = r0; r < r1; r += MR) {
             const int R = (int)std::min<int64_t>(MR, r1 - r);
             multiply_strip<Op>(strip, LDC, Op::TILES ? MR : R, Ke, packed + (r - r0) * Ke, block, NR * Ke, nb);
-            for (int i = 0; i < R; i++) write(p.d_features, r + i, d, n, strip + i * LDC);
+            for (int i = 0; i < R; i++) write(p.d_features, r + i, d, n, strip + i * LDC, false);
           }
         }
       }
@@ -242,12 +246,14 @@ class ProjectConcatBackward {
   }
 
   // Columns d .. d+n-1 of a gradient's row, from their sums.
-  void write(void* out, int64_t row, int64_t d, int64_t n, const float* sums) const {
+  void write(void* out, int64_t row, int64_t d, int64_t n, const float* sums, bool past_caches) const {
     void* to = (char*)out + row * p.D * size_of(p.dtype);
     const simd::vec factor = simd::set1(factor_);
-    for (int64_t j = 0; j < n; j += W)
-      store_from_float(p.dtype, to, d + j, simd::mul(simd::load(sums + j), factor), n - j);
+    for (int64_t j = 0; j < n; j += NR)
+      store_two(p.dtype, to, d + j, simd::mul(simd::load(sums + j), factor),
+                simd::mul(simd::load(sums + j + W), factor), n - j, past_caches);
   }
+  static constexpr int64_t LARGE = int64_t(4) << 20;  // bytes of an output that leaves L2 before anyone reads it
 
   const ProjectConcatParams& p;
   const int64_t rows_, Kr_;

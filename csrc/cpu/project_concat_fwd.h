@@ -15,7 +15,7 @@ template <class Op>
 class Projection {
   using B = ProjectBlocks<Op>;
   static constexpr int MR = Op::MR, W = simd::W;
-  // Up to this many rows the weight is read once, straight from memory: packing it is half of the time at 8 rows.
+  // Up to this many rows the weight is read once, straight from memory, and not packed.
   static constexpr int FEW = 16;
 
  public:
@@ -25,11 +25,12 @@ class Projection {
         place_(place),
         rows_(prompt_rows(p)),
         few_(rows_ <= FEW),
+        few_tiles_(Op::TILES && few_ && p.D % (Op::P * Op::K_STEP) == 0 && p.E >= FEW_COLUMNS),
         Kd_(dwords<Op>(p.D)),
         width_(few_ ? FEW_COLUMNS : B::columns(p.E, Kd_, p.threads)),
         offset_(feature_offsets(p)),
         features_{p.features, offset_, rows_, p.D, p.dtype},
-        packed_((few_ ? rows_ : round_up(rows_, MR)) * round_up(Kd_, W)),
+        packed_((few_ ? FEW : round_up(rows_, MR)) * round_up(Kd_, W)),
         scratch_(scratch_floats(p.threads * per_thread())),
         keys_(p.dropout ? rows_ : 0) {
     if (p.dropout) mask_.emplace(p.seed, p.threshold);
@@ -44,17 +45,20 @@ class Projection {
 #pragma omp for schedule(static) nowait
     for (int64_t r = 0; r < (p.dropout ? rows_ : 0); r++) keys_[r] = mask_->key(r);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t r = 0; r < rows_; r += few_ ? 1 : MR)
-      if (few_)
-        for (int64_t k = 0; k < Kd_; k += W)
-          simd::store(packed_ + r * round_up(Kd_, W) + k, features_.template load<Op>(r, rows_, k * Op::P));
+    for (int64_t r = 0; r < rows_; r += few_ ? FEW : MR)
+      if (few_tiles_)
+        pack_transposed<Op, FEW>(features_, 0, rows_, packed_);
+      else if (few_)
+        for (int64_t i = 0; i < rows_; i++)
+          for (int64_t k = 0; k < Kd_; k += W)
+            simd::store(packed_ + i * round_up(Kd_, W) + k, features_.template load<Op>(i, rows_, k * Op::P));
       else
         pack_rows<Op>(features_, r, std::min<int64_t>(r + MR, rows_), packed_ + r * Kd_);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t e = 0; e < p.E; e += width_) {
       const int64_t n = std::min(width_, p.E - e);
       if (few_) {
-        dot_rows(e, n, strip);
+        few_tiles_ ? tile_rows(e, n, strip) : dot_rows(e, n, strip);
         for (int64_t r = 0; r < rows_; r++) write(r, e, n, strip + r * FEW_COLUMNS);
         continue;
       }
@@ -70,7 +74,7 @@ class Projection {
  private:
   static constexpr int FEW_COLUMNS = 32;
 
-  int64_t per_thread() const { return few_ ? rows_ * FEW_COLUMNS : width_ * Kd_ + MR * B::LDC; }
+  int64_t per_thread() const { return few_ ? FEW * FEW_COLUMNS : width_ * Kd_ + MR * B::LDC; }
 
   char* row(int64_t r) const { return (char*)out_ + (place_ ? place_[r] : r) * p.E * size_of(p.dtype); }
 
@@ -79,17 +83,32 @@ class Projection {
     alignas(64) float keep[NR];
     for (int64_t j = 0; j < n; j += NR) {
       if (p.dropout) mask_->template factors<NR>(keys_[r], e + j, p.factor, keep);
-      for (int h = 0; h < NR && j + h < n; h += W) {
-        const int64_t at = e + j + h;
-        simd::vec x = simd::load(sums + j + h);
-        if (p.bias) x = simd::add(x, load_as_float(p.dtype, p.bias, at, p.E - at));
-        if (p.dropout) x = simd::mul(x, simd::load(keep + h));
-        store_from_float(p.dtype, to, at, x, n - j - h);
+      simd::vec x[2] = {simd::load(sums + j), simd::load(sums + j + W)};
+      for (int h = 0; h < 2; h++) {
+        const int64_t at = e + j + h * W;
+        if (p.bias) x[h] = simd::add(x[h], load_as_float(p.dtype, p.bias, at, p.E - at));
+        if (p.dropout) x[h] = simd::mul(x[h], simd::load(keep + h * W));
       }
+      store_two(p.dtype, to, e + j, x[0], x[1], n - j);
     }
   }
 
-  // strip[r][0 .. n-1] = <features r, weight e ..>, by dot products along D.
+  // strip[r][0 .. n-1] = <features r, weight e ..> on AMX tiles; the last block overlaps the one before.
+  void tile_rows([[maybe_unused]] int64_t e, [[maybe_unused]] int64_t n, [[maybe_unused]] float* strip) const {
+#if defined(LIMBER_ISA_AMX)
+    const int64_t back = FEW_COLUMNS - n;
+    alignas(64) float sums[FEW_COLUMNS * FEW];
+    tile_few(Kd_ / Op::K_STEP, (const char*)weight(e - back), p.weight_stride * size_of(p.dtype), packed_, sums);
+    for (int h = 0; h < FEW_COLUMNS; h += W) {
+      simd::vec v[W];
+      for (int i = 0; i < W; i++) v[i] = simd::load(sums + (h + i) * FEW);
+      simd::transpose(v);
+      for (int r = 0; r < W; r++) simd::store(strip + r * FEW_COLUMNS + h, v[r]);
+    }
+    for (int r = 0; back && r < FEW; r++) std::memmove(strip + r * FEW_COLUMNS, strip + r * FEW_COLUMNS + back, 4 * n);
+#endif
+  }
+  // The same by dot products along D.
   void dot_rows(int64_t e, int64_t n, float* strip) const {
     int64_t r = 0;
     for (; r + 8 <= rows_; r += 8) dot_group<8>(r, e, n, strip + r * FEW_COLUMNS);
@@ -127,7 +146,7 @@ class Projection {
   void* const out_;
   const int64_t* const place_;
   const int64_t rows_;
-  const bool few_;
+  const bool few_, few_tiles_;
   const int64_t Kd_, width_;
   const Buffer<int64_t> offset_;
   const PlacedRows features_;
@@ -143,6 +162,7 @@ class ProjectConcatForward {
       : p(params), projection(params, params.inputs_embeds, params.positions) {}
 
   void run() {
+    advise_huge_pages(p.inputs_embeds, p.tokens * p.E * size_of(p.dtype));
 #pragma omp parallel num_threads(p.threads)
     {
 #pragma omp for schedule(dynamic, 8) nowait

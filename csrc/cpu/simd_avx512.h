@@ -25,6 +25,9 @@ struct simd {
   static vec loadu(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, vec v) { _mm512_store_ps(p, v); }
   static void storeu(float* p, vec v) { _mm512_storeu_ps(p, v); }
+  // Past the caches, to an address of whole lines; a thread ends with the fence.
+  static void stream(float* p, vec v) { _mm512_stream_ps(p, v); }
+  static void stream_end() { _mm_sfence(); }
   static vec add(vec a, vec b) { return _mm512_add_ps(a, b); }
   static vec sub(vec a, vec b) { return _mm512_sub_ps(a, b); }
   static vec mul(vec a, vec b) { return _mm512_mul_ps(a, b); }

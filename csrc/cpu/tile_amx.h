@@ -80,5 +80,25 @@ static inline void tile_gemm(int R, int64_t k, const float* A, const float* B, f
   for (int r = 0; r < R; r++) std::memcpy(C + r * ldc, edge + 32 * r, bytes);
 }
 
+// out[32 x 16] = A B for 32 rows of A in memory, `stride` bytes apart, and one panel of B, [k dword][16 columns]: A is
+// read once, unpacked. A line of every eight ahead of time lets the processor's prefetcher follow 32 rows: 5%.
+static __attribute__((noinline)) void tile_few(int64_t steps, const char* A, int64_t stride, const float* B,
+                                               float* out) {
+  asm volatile("" ::: "memory");
+  _tile_zero(0);
+  _tile_zero(1);
+  for (int64_t s = 0; s < steps; s++, A += 64, B += STEP / 2) {
+    const char* ahead = A + (s % 8 * 4) * stride + (8 - s % 8) * 64;
+    for (int i = 0; i < 4; i++) __builtin_prefetch(ahead + i * stride, 0, 2);
+    _tile_loadd(6, B, 64);
+    _tile_loadd(4, A, stride);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(5, A + TILE_ROWS * stride, stride);
+    _tile_dpbf16ps(1, 5, 6);
+  }
+  _tile_stored(0, out, 64);
+  _tile_stored(1, out + STEP / 2, 64);
+}
+
 }  // namespace limber
 #endif
