@@ -13,10 +13,10 @@ from limber_fast.evaluation.baselines import pixel_nearest_neighbour
 from limber_fast.evaluation.linear_probe import linear_probe
 from limber_fast.evaluation.ranking import chance, top_k
 from limber_fast.evaluation.zero_shot import (
-    NAME_AND_TAG_PROMPTS,
     NAME_PROMPTS,
     class_features,
     image_features,
+    name_and_tag_prompts,
     similarities,
 )
 from limber_fast.models.clip import SmallClip
@@ -96,7 +96,8 @@ def evaluate(
     columns = torch.unique(labels[unseen])
     few = [test_set.classes[i] for i in columns.tolist()]
     few_labels = torch.searchsorted(columns, labels[unseen])
-    for name, prompts in (("unseen_name", NAME_PROMPTS), ("unseen_name_and_tags", NAME_AND_TAG_PROMPTS)):
+    tags = name_and_tag_prompts(tokenizer)
+    for name, prompts in (("unseen_name", NAME_PROMPTS), ("unseen_name_and_tags", tags)):
         few_scores = similarities(features[unseen], class_features(model, tokenizer, few, prompts))
         found.tables[name] = _row(few_scores, few_labels)
 

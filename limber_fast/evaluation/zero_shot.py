@@ -10,13 +10,26 @@ from torch import Tensor
 
 from limber_fast.data.emoji import Concept
 from limber_fast.models.clip import SmallClip
-from limber_fast.models.tokenizer import WordTokenizer
-from limber_fast.training.captions import TEMPLATES, with_tags
+from limber_fast.models.tokenizer import WordTokenizer, split_words
+from limber_fast.training.captions import TEMPLATES
 
 NAME_PROMPTS = [lambda concept, template=template: template.format(concept.name) for template in TEMPLATES]
-NAME_AND_TAG_PROMPTS = [
-    lambda concept, template=template: with_tags(template.format(concept.name), concept.tags) for template in TEMPLATES
-]
+_MOST_TAGS = 12
+
+
+def name_and_tag_prompts(tokenizer: WordTokenizer) -> list:
+    """The name and each tag in every template, a prompt each; words that no training caption held are left out.
+
+    Every class has the same number of prompts: few tags take turns.
+    """
+
+    def words(concept: Concept, turn: int) -> str:
+        texts = [" ".join(filter(tokenizer.known, split_words(text))) for text in (concept.name, *concept.tags)]
+        known = list(dict.fromkeys(filter(None, texts))) or [concept.name]
+        return known[turn % len(known)]
+
+    turns = range(1 + _MOST_TAGS)
+    return [lambda concept, t=t, turn=turn: t.format(words(concept, turn)) for t in TEMPLATES for turn in turns]
 
 
 def class_features(model: SmallClip, tokenizer: WordTokenizer, classes: Sequence[Concept], prompts: list) -> Tensor:

@@ -1,4 +1,4 @@
-"""The small CLIP of the demo: open_clip's model and text tower, a small ResNet of our own as image tower."""
+"""The small CLIP of the demo: open_clip's model, a small ResNet of our own as image tower, texts of a few words."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_LOGIT_SCALE = math.log(100)
 
 @dataclass(frozen=True)
 class SmallClipConfig:
-    """Sizes of the two towers; `vocab_size` comes from the tokenizer."""
+    """Sizes of the two towers; `vocab_size` comes from the tokenizer. `text_layers` 0 is a bag of words."""
 
     vocab_size: int
     embed_dim: int = 128
@@ -26,12 +26,12 @@ class SmallClipConfig:
     context_length: int = 12
     text_width: int = 128
     text_heads: int = 2
-    text_layers: int = 1
+    text_layers: int = 0
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if value < 1:
-                raise ValueError(f"SmallClipConfig: {name} must be at least 1; got {value}")
+            if value < (least := 0 if name == "text_layers" else 1):
+                raise ValueError(f"SmallClipConfig: {name} must be at least {least}; got {value}")
         if self.image_size % 16:
             raise ValueError(f"SmallClipConfig: image_size must be a multiple of 16; got {self.image_size}")
         if self.text_width % self.text_heads:
@@ -93,27 +93,41 @@ class SmallClip(CLIP):
             vocab_size=config.vocab_size,
             width=config.text_width,
             heads=config.text_heads,
-            layers=config.text_layers,
+            layers=max(1, config.text_layers),  # it cannot build none
         )
         super().__init__(config.embed_dim, placeholder, text)
+        if config.text_layers == 0:
+            self.transformer = nn.Identity()
+            self.register_parameter("positional_embedding", None)
         self.visual = SmallResNet(config.embed_dim, config.image_size, config.image_width)
         self.visual.to(memory_format=torch.channels_last)
         self.config = config
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
-        """open_clip's text features of [B, context] token ids, without work on columns that are padding in every row.
+        """Text features of [B, context] token ids, without work on columns that are padding in every row.
 
-        The causal mask keeps padding from EOS, so the result is open_clip's. Attention over a dozen tokens is three
-        times faster as plain products than in PyTorch's CPU flash kernel, which pads to its tiles.
+        With layers: open_clip's features, as the causal mask keeps padding from EOS. Attention over a dozen tokens is
+        three times faster as plain products than in PyTorch's CPU flash kernel, which pads to its tiles.
+        Without: the words' embeddings added up, then open_clip's last norm and projection. A few thousand names teach a
+        transformer their order before their meaning (SETTINGS.md).
         """
-        longest = max(1, int((text != 0).sum(1).max()))
-        text = text[:, :longest]
-        x = self.token_embedding(text) + self.positional_embedding[:longest]
-        with sdpa_kernel(SDPBackend.MATH):
-            x = self.transformer(x, attn_mask=self.attn_mask[:longest, :longest])
-        x = text_global_pool(self.ln_final(x), text, self.text_pool_type, eos_token_id=self.text_eos_id)
+        text = text[:, : max(1, int((text != 0).sum(1).max()))]
+        x = self._words(text) if self.config.text_layers == 0 else self._sentence(text)
         x = x @ self.text_projection
         return F.normalize(x, dim=-1) if normalize else x
+
+    def _sentence(self, text: Tensor) -> Tensor:
+        length = text.shape[1]
+        x = self.token_embedding(text) + self.positional_embedding[:length]
+        with sdpa_kernel(SDPBackend.MATH):
+            x = self.transformer(x, attn_mask=self.attn_mask[:length, :length])
+        return text_global_pool(self.ln_final(x), text, self.text_pool_type, eos_token_id=self.text_eos_id)
+
+    def _words(self, text: Tensor) -> Tensor:
+        word = (text != 0) & (text != self.text_eos_id)
+        word = torch.where(word.any(1, keepdim=True), word, text != 0)  # a text without words is its EOS
+        x = self.token_embedding(text) * word[..., None]
+        return self.ln_final(x.sum(1) / word.sum(1, keepdim=True).sqrt())
 
     @torch.no_grad()
     def clamp_logit_scale_(self) -> None:

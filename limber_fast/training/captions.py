@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 
 from limber_fast.data.emoji import Concept
+from limber_fast.models.tokenizer import split_words
 from limber_fast.training.config import CaptionConfig
 
 # Zero-shot classification uses the same templates (evaluation/zero_shot.py).
@@ -32,6 +33,9 @@ class CaptionSampler:
             text = with_tags(text, rng.sample(concept.tags, min(len(concept.tags), rng.randint(1, config.max_tags))))
         if rng.random() < config.with_subgroup:
             text = f"{text}, {concept.subgroup.replace('-', ' ')}"
+        if config.word_dropout:
+            words = split_words(text)
+            text = " ".join([word for word in words if rng.random() >= config.word_dropout] or words)
         return text
 
     @staticmethod

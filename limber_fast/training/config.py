@@ -43,14 +43,15 @@ class AugmentConfig:
 class CaptionConfig:
     """How often a caption is the name, and what is added to it."""
 
-    name: float = 0.75
-    with_tags: float = 0.3
+    name: float = 0.6
+    with_tags: float = 0.6
     with_subgroup: float = 0.2
     max_tags: int = 4
+    word_dropout: float = 0.3
 
     def __post_init__(self) -> None:
         rates = {"name": self.name, "with_tags": self.with_tags, "with_subgroup": self.with_subgroup}
-        _check("CaptionConfig", rates, 0, 1)
+        _check("CaptionConfig", rates | {"word_dropout": self.word_dropout}, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,15 @@ class TrainConfig:
     learning_rate: float = 2e-3
     beta1: float = 0.9
     beta2: float = 0.98
-    weight_decay: float = 0.05
+    weight_decay: float = 0.3
     muon_learning_rate: float = 0.02
     muon_momentum: float = 0.95
-    muon_weight_decay: float = 0.0
+    muon_weight_decay: float = 0.1
     warmup: float = 0.08
     grad_clip: float = 1.0
     ema: float = 0.99
     image_weight: float = 0.3
+    label_smoothing: float = 0.2
     backend: str = "auto"
     save_every_seconds: float = 30.0
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -84,6 +86,7 @@ class TrainConfig:
         _check("TrainConfig", {"minutes": self.minutes}, 1e-3, 1e5)
         _check("TrainConfig", {"concepts_per_batch": self.concepts_per_batch}, 2, 1e6)
         _check("TrainConfig", {"images_per_concept": self.images_per_concept}, 2, 16)
+        _check("TrainConfig", {"label_smoothing": self.label_smoothing}, 0, 0.99)
         for names, low, high in (
             (("learning_rate", "muon_learning_rate", "grad_clip"), 1e-8, 1e3),
             (("beta1", "beta2", "muon_momentum", "warmup", "ema"), 0, 0.9999),

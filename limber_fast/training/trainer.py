@@ -67,7 +67,9 @@ class Trainer:
             image, text = model.encode_image(batch.images), model.encode_text(batch.tokens)
         scale = model.logit_scale.exp()
         options = {"normalize": True, "backend": config.backend}
-        image_text, stats = info_nce(image, text, scale, ids=batch.ids, return_stats=True, **options)
+        image_text, stats = info_nce(
+            image, text, scale, ids=batch.ids, label_smoothing=config.label_smoothing, return_stats=True, **options
+        )
         views = image.chunk(config.images_per_concept)
         pairs = [info_nce(a, b, scale, **options) for a, b in pairwise(views)]
         image_image = sum(pairs) / len(pairs)

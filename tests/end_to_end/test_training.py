@@ -92,9 +92,21 @@ def test_tokenizer():
 
 
 def test_text_tower_is_open_clips():
-    model = SmallClip(SmallClipConfig(vocab_size=50)).eval()
+    model = SmallClip(SmallClipConfig(vocab_size=50, text_layers=2)).eval()
     tokens = torch.tensor([[3, 4, 49, 0, 0, 0, 0, 0, 0, 0, 0, 0], [5, 6, 7, 8, 49, 0, 0, 0, 0, 0, 0, 0]])
     assert torch.allclose(model.encode_text(tokens), CLIP.encode_text(model, tokens), atol=1e-5)
+
+
+def test_text_tower_without_layers_is_a_bag_of_words():
+    model = SmallClip(SmallClipConfig(vocab_size=50)).eval()
+    eos = 49
+    tokens = torch.tensor([[3, 4, eos, 0], [4, 3, eos, 0], [3, 5, eos, 0], [eos, 0, 0, 0]])
+    found = model.encode_text(tokens)
+    words = model.token_embedding.weight[[3, 4]].sum(0) / 2**0.5
+    torch.testing.assert_close(found[0], model.ln_final(words) @ model.text_projection)
+    torch.testing.assert_close(found[0], found[1])
+    assert not torch.allclose(found[0], found[2]) and found[3].isfinite().all()
+    torch.testing.assert_close(found[0], model.encode_text(tokens[:1, :3])[0])
 
 
 def test_average_leaves_the_attention_mask(trainer):
