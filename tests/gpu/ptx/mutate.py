@@ -64,6 +64,7 @@ CONSTANT_OPCODES = frozenset(
     ]
 )
 COUNTED_WAITS = ("cp.async.wait_group", "cp.async.bulk.wait_group", "wgmma.wait_group")
+DROPPED_SYNC = "dropped synchronisation"
 BLOCK_BARRIER = re.compile(r"\b(bar|barrier)(\.cta)?\.sync\b")
 UNCHANGED = ("ret", "exit")
 INTEGER = re.compile(r"(?<![\w%.$+<@-])-?(?:0x[0-9a-fA-F]+|\d+)(?=U?(?![\w.]))")
@@ -125,7 +126,7 @@ def mutants(ptx: str, entry: str | None = None) -> tuple[list[Mutant], list[tupl
         before = lines[instruction.line]
         for kind, after in _changes(instruction, before):
             mutant = Mutant(instruction.line, kind, before, after)
-            reason = equivalent.get(mutant.line) or (not after.strip() and droppable.get(mutant.line))
+            reason = equivalent.get(mutant.line) or (kind.startswith("dropped") and droppable.get(mutant.line))
             if reason:
                 excluded.append((mutant, reason))
             elif after != before:
@@ -141,15 +142,17 @@ def _alone_on_their_line(kernel: Kernel) -> Iterator[Instruction]:
 
 
 def _changes(ins: Instruction, line: str) -> Iterator[tuple[str, str]]:
-    code, semicolon, rest = line.partition(";")
-    if not semicolon:
+    """(kind, changed line). A statement that goes on over several lines is left alone."""
+    name = ".".join(ins.parts)
+    found = re.search(rf"(@!?[%\w]+\s+)?{re.escape(name)}(?![\w.])", line)
+    end = line.find(";", found.end()) if found else -1
+    if end < 0:
         return
+    before, code, rest = line[: found.start()], line[found.start() : end], line[end:]
     synchronises = ins.opcode in SYNCHRONISATION or any(p.startswith(SYNCHRONISATION_PARTS) for p in ins.parts[1:])
-    scope = line[: len(line) - len(line.lstrip("{ \t"))].replace("\t", "")
-    yield "dropped synchronisation" if synchronises else "dropped", scope
-    changes = [*_guards(code), *_operators(ins, code), *_constants(ins, code), *_swaps(ins, code)]
-    for kind, changed in changes:
-        yield kind, changed + semicolon + rest
+    yield DROPPED_SYNC if synchronises else "dropped", (before + rest[1:]).rstrip()
+    for kind, changed in [*_guards(code), *_operators(ins, code), *_constants(ins, code), *_swaps(ins, code)]:
+        yield kind, before + changed + rest
 
 
 def _guards(code: str) -> Iterator[tuple[str, str]]:
@@ -248,7 +251,7 @@ def mutation_score(
     score = Score(excluded=mutants(ptx, entry)[1])
     for mutant in sample(ptx, count, seed, entry):
         outcome = _outcome(mutant.apply(ptx), verdict)
-        if race_checked and not outcome and not mutant.after.strip() and BLOCK_BARRIER.search(mutant.before):
+        if race_checked and not outcome and mutant.kind == DROPPED_SYNC and BLOCK_BARRIER.search(mutant.before):
             score.unneeded_barriers.append(mutant)
             continue
         counts = score.by_kind.setdefault(mutant.kind, Counter())
