@@ -34,26 +34,25 @@ def dot_rows(
 ):  # fmt: skip
     """Products [BLOCK_M, BLOCK_N] of rows of `a` and of `b` in fp32; D is streamed, never padded to a power of two.
 
-    Rows past the end give values of no meaning (without TMA those of the last row): callers mask them.
+    Rows past the end are zeros.
     """
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if TMA:
         for k in tl.range(0, D, BLOCK_K, num_stages=STAGES):
             acc = tl.dot(a.load([a_row, k]), b.load([b_row, k]).T, acc, input_precision=PRECISION)
     else:
-        rm = tl.minimum(tl.arange(0, BLOCK_M), a_rows - 1 - a_row)
-        rn = tl.minimum(tl.arange(0, BLOCK_N), b_rows - 1 - b_row)
-        rk = tl.arange(0, BLOCK_K)
+        rm, rn, rk = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+        row_mask, column_mask = (rm < a_rows - a_row)[:, None], (rn < b_rows - b_row)[None, :]
         # A 64-bit base and 32-bit offsets within the tile: 64-bit pointer tensors cost hundreds of spilled registers.
         pa = a + a_row.to(tl.int64) * a_stride + (rm[:, None] * a_stride + rk[None, :])
         pb = b + b_row.to(tl.int64) * b_stride + (rn[None, :] * b_stride + rk[:, None])
         for k in tl.range(0, D, BLOCK_K, num_stages=STAGES):
             if EVEN_K:
-                x = tl.load(pa + k)
-                y = tl.load(pb + k)
+                x = tl.load(pa + k, mask=row_mask, other=0.0)
+                y = tl.load(pb + k, mask=column_mask, other=0.0)
             else:
-                x = tl.load(pa + k, mask=rk[None, :] < D - k, other=0.0)
-                y = tl.load(pb + k, mask=rk[:, None] < D - k, other=0.0)
+                x = tl.load(pa + k, mask=row_mask & (rk[None, :] < D - k), other=0.0)
+                y = tl.load(pb + k, mask=column_mask & (rk[:, None] < D - k), other=0.0)
             acc = tl.dot(x, y, acc, input_precision=PRECISION)
     return acc
 

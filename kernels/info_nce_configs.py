@@ -6,7 +6,7 @@ A row was admitted only if all its kernels compile for the chip without a spille
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -50,8 +50,7 @@ _HOPPER_16 = Config(
     macro=4096,
     tma=True,
 )
-# cp.async: sm_80, and newer chips where a row is not whole 16 bytes.
-_POINTERS_16 = Config(
+_AMPERE_16 = Config(
     forward=Tiles(128, 128, 32, 8, 4),
     ds=Tiles(128, 128, 32, 8, 4),
     dual=Tiles(128, 128, 32, 8, 4),
@@ -59,6 +58,9 @@ _POINTERS_16 = Config(
     macro=4096,
     tma=False,
 )
+# Rows that are not whole 16 bytes, on any chip: the masks of such loads take the registers of half a tile (at
+# 128 x 128 the products spill 1 to 7).
+_RAGGED_16 = replace(_AMPERE_16, dual=Tiles(128, 64, 32, 8, 4))
 # fp32 operands are twice the bytes: half the K per stage. On sm_90 dS spills 34 registers at 128 x 128.
 _TF32 = Config(
     forward=Tiles(128, 128, 32, 8, 3),
@@ -72,8 +74,8 @@ _TF32 = Config(
 _IEEE = Config(
     forward=Tiles(64, 64, 16, 4, 2),
     ds=Tiles(64, 64, 16, 4, 2),
-    dual=Tiles(64, 64, 16, 4, 2),
-    narrow=Tiles(64, 64, 16, 8, 2),
+    dual=Tiles(64, 64, 16, 8, 2),
+    narrow=Tiles(64, 32, 16, 4, 2),
     macro=2048,
     tma=False,
 )
@@ -85,4 +87,6 @@ def choose(capability: tuple[int, int], dtype: torch.dtype, precision: str, alig
     """
     if dtype == torch.float32:
         return _TF32 if precision == "tf32" else _IEEE
-    return _HOPPER_16 if capability[0] >= 9 and aligned else _POINTERS_16
+    if not aligned:
+        return _RAGGED_16
+    return _HOPPER_16 if capability[0] >= 9 else _AMPERE_16
