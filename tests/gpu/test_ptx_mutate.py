@@ -114,21 +114,31 @@ def test_score_of_the_shipped_info_nce(target, monkeypatch):
     monkeypatch.setitem(dispatch.ORDER, "cpu", ("triton", "eager"))
     monkeypatch.setattr(backend, "info_nce_supports", lambda request: None)
     monkeypatch.setattr(backend, "_chip", lambda device: ((int(target[3]), 0), 3))
-    problems = [tower_problem(*p) for p in (("wild", 130, 328), ("unit", 130, 72))]
+    problems = [tower_problem(*p) for p in (("converged", 130, 72), ("wild", 130, 328))]
+    with replacing({}) as launched:
+        sound = [tower_errors(*problem, {}, target) for problem in problems]
+    kernels = dict(launched)
+    assert all(e < bound for errors in sound for e, bound in zip(errors, (6e-7, 3e-3, 3e-3, 6e-7), strict=True))
 
     def right(texts: dict[str, str]) -> bool:
-        """`wild` data needs the kernels that do tiles over; a D of 328 goes round all stages of a pipeline."""
-        return all(agrees(inputs, exact, texts, target) for inputs, exact in problems)
+        """No error is twice that of the compiled kernels. `wild` needs the kernels that do tiles over and goes round
+        all stages of a pipeline; the losses of `converged` are so small that the last digits of every logarithm show.
+        """
+        pairs = zip(problems, sound, strict=True)
+        return all(
+            found <= 2 * before
+            for problem, errors in pairs
+            for found, before in zip(tower_errors(*problem, texts, target), errors, strict=True)
+        )
 
-    with replacing({}) as launched:
-        assert right({})
-        kernels = dict(launched)
-    rates = {}
+    scores = {}
     for name, compiled in kernels.items():
         score = mutation_score(compiled, lambda ptx, key=compiled: right({key: ptx}), count=16, race_checked=True)
-        rates[name] = score.rate
+        scores[name] = score
         print(f"\n{name} {target}: {score.report()}", flush=True)
-    assert all(rate >= GOAL for rate in rates.values()), rates
+    # Together, not each: a third of the finish kernel is an fp64 logarithm, whose last terms no fp32 result shows.
+    killed, total = (sum(count) for count in zip(*((s.killed.total(), s.total) for s in scores.values()), strict=True))
+    assert killed >= GOAL * total, {name: score.rate for name, score in scores.items()}
 
 
 def tower_problem(data: str, n: int, d: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -137,11 +147,12 @@ def tower_problem(data: str, n: int, d: int) -> tuple[list[torch.Tensor], list[t
     return inputs, gradients(reference, [x.double() for x in inputs])
 
 
-def agrees(inputs: list[torch.Tensor], exact: list[torch.Tensor], texts: dict[str, str], target: str) -> bool:
+def tower_errors(
+    inputs: list[torch.Tensor], exact: list[torch.Tensor], texts: dict[str, str], target: str
+) -> list[float]:
     with replacing(texts), running(target, races=True, max_instructions=20_000):
         found = gradients(info_nce, inputs)
-    limits = (1.5e-7, 2.5e-3, 2.5e-3, 1e-6)  # losses and the scale's gradient are fp32, the towers' bf16
-    return all(relative_error(f, e) < limit for f, e, limit in zip(found, exact, limits, strict=True))
+    return [relative_error(f, e) for f, e in zip(found, exact, strict=True)]
 
 
 def gradients(function: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
