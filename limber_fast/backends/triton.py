@@ -10,7 +10,7 @@ from torch import Tensor
 from limber_fast.ops.info_nce import InfoNceState
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_OLDEST = (8, 0)
+_OLDEST, _NEWEST = (8, 0), (9, 9)
 # Two programs a multiprocessor: while one waits at its epilogue the other keeps the tensor cores busy.
 _PROGRAMS_PER_SM = 2
 
@@ -23,6 +23,8 @@ def info_nce_supports(request: Any) -> str | None:
     capability = torch.cuda.get_device_capability(request.device)
     if capability < _OLDEST:
         return f"needs compute capability 8.0 or newer; this device has {capability[0]}.{capability[1]}"
+    if capability > _NEWEST:
+        return f"has no tiles for compute capability {capability[0]}.{capability[1]} yet: those of 9.0 spill there"
     try:
         import triton  # noqa: F401
     except ImportError as error:
