@@ -31,8 +31,10 @@ class Launch:
 
     def case(self, name: str, tensor_core: bool) -> Case:
         """The build that this launch asks the compiler for, specialised as Triton's launcher specialises it."""
-        aligned = [key for key, value in self.arguments.items() if _divisible(value)]
-        ones = {key: 1 for key, value in self.arguments.items() if type(value) is int and value == 1}
+        fixed = {parameter.name for parameter in self.kernel.params if parameter.do_not_specialize}
+        special = {key: value for key, value in self.arguments.items() if key not in fixed}
+        aligned = [key for key, value in special.items() if _divisible(value)]
+        ones = {key: 1 for key, value in special.items() if type(value) is int and value == 1}
         signature = {key: _type(value) for key, value in self.arguments.items() if key not in ones}
         options = {key: value for key, value in self.options.items() if key not in ("num_warps", "num_stages")}
         return Case(

@@ -12,6 +12,7 @@ from torch import Tensor
 from gpu.launching import ENGINES, running
 from limber_fast import dispatch, info_nce
 from limber_fast.backends import triton as backend
+from limber_fast.backends.triton import device as chips
 from limber_fast.reference.info_nce import info_nce as reference
 
 CAPABILITY = {"interpreted": (9, 0), "sm_80": (8, 0), "sm_90": (9, 0)}
@@ -23,8 +24,9 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     """CPU tensors go to the Triton backend, whose launches run on the engine."""
     monkeypatch.setitem(dispatch.ORDER, "cpu", ("triton", "eager"))
     monkeypatch.setattr(backend, "info_nce_supports", lambda request: None)
-    monkeypatch.setattr(backend, "_chip", lambda device: (CAPABILITY[request.param], PROGRAMS))
-    monkeypatch.setattr(backend, "_precision", lambda: "ieee")
+    monkeypatch.setattr(chips, "chip", lambda device: (CAPABILITY[request.param], PROGRAMS))
+    monkeypatch.setattr(chips, "precision", lambda: "ieee")
+    monkeypatch.setattr(chips, "prepare", lambda tma: None)
     return request.param
 
 
@@ -160,7 +162,7 @@ def test_frozen_tower(engine, frozen):
 def test_same_bits_on_every_run_and_any_number_of_programs(engine, monkeypatch):
     call, results = CALLS["extra"], []
     for programs in (1, 3, 64):
-        monkeypatch.setattr(backend, "_chip", lambda device, n=programs: (CAPABILITY[engine], n))
+        monkeypatch.setattr(chips, "chip", lambda device, n=programs: (CAPABILITY[engine], n))
         with running(engine):
             results.append(_gradients(info_nce, call))
     for other in results[1:]:
