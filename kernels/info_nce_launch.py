@@ -243,9 +243,10 @@ def info_nce_bwd(
                 num_d = triton.cdiv(d, dual.BLOCK_N)
                 image_items = 0 if d_image is None else h // dual.BLOCK_M * num_d
                 text_items = 0 if out is None else w // dual.BLOCK_M * num_d
-                image_acc = d_image if direct and d_image is not None else (g if block is None else block)
+                # A role that is not wanted needs a pointer of the accumulators' type all the same.
+                image_acc = unit if d_image is None else d_image if direct else block
                 backward.info_nce_dual_kernel[(image_items + text_items,)](
-                    g, call.image, columns, image_acc, g if out is None else out, n, columns.shape[0], d,
+                    g, call.image, columns, image_acc, unit if out is None else out, n, columns.shape[0], d,
                     call.image.stride(0), columns.stride(0), wide, row0, column0, 0 if direct else row0,
                     n if direct else h, h, w, image_items, text_items, int(first_image), int(row0 == 0), num_d,
                     BLOCK_M=dual.BLOCK_M, BLOCK_D=dual.BLOCK_N, BLOCK_K=dual.BLOCK_K, TMA=call.config.tma,

@@ -108,7 +108,7 @@ class SmallClip(CLIP):
 
         With layers: open_clip's features, as the causal mask keeps padding from EOS. Attention over a dozen tokens is
         three times faster as plain products than in PyTorch's CPU flash kernel, which pads to its tiles.
-        Without: the words' embeddings added up, then open_clip's last norm and projection. A few thousand names teach a
+        Without: the tokens' embeddings added up, then open_clip's last norm and projection. Some thousand names teach a
         transformer their order before their meaning (SETTINGS.md).
         """
         text = text[:, : max(1, int((text != 0).sum(1).max()))]
@@ -124,10 +124,9 @@ class SmallClip(CLIP):
         return text_global_pool(self.ln_final(x), text, self.text_pool_type, eos_token_id=self.text_eos_id)
 
     def _words(self, text: Tensor) -> Tensor:
-        word = (text != 0) & (text != self.text_eos_id)
-        word = torch.where(word.any(1, keepdim=True), word, text != 0)  # a text without words is its EOS
-        x = self.token_embedding(text) * word[..., None]
-        return self.ln_final(x.sum(1) / word.sum(1, keepdim=True).sqrt())
+        token = text != 0
+        x = self.token_embedding(text) * token[..., None]
+        return self.ln_final(x.sum(1) / token.sum(1, keepdim=True).sqrt())
 
     @torch.no_grad()
     def clamp_logit_scale_(self) -> None:

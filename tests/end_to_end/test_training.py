@@ -102,7 +102,7 @@ def test_text_tower_without_layers_is_a_bag_of_words():
     eos = 49
     tokens = torch.tensor([[3, 4, eos, 0], [4, 3, eos, 0], [3, 5, eos, 0], [eos, 0, 0, 0]])
     found = model.encode_text(tokens)
-    words = model.token_embedding.weight[[3, 4]].sum(0) / 2**0.5
+    words = model.token_embedding.weight[[3, 4, eos]].sum(0) / 3**0.5
     torch.testing.assert_close(found[0], model.ln_final(words) @ model.text_projection)
     torch.testing.assert_close(found[0], found[1])
     assert not torch.allclose(found[0], found[2]) and found[3].isfinite().all()
