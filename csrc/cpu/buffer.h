@@ -37,6 +37,8 @@ class Pool {
       std::unique_lock<std::mutex> lock(pool.mutex_, std::try_to_lock);  // a fork may have caught it locked: no waiting
       for (int i = 0; lock && i < pool.count_; i++)
         if (pool.blocks_[i].bytes == bytes) return pool.remove(i);
+      // Beside a large block the others need not wait: a step's peak stays what its own buffers take.
+      while (lock && bytes >= LARGEST / 2 && pool.count_) std::free(pool.remove(0));
     }
     void* p = std::aligned_alloc(bytes >= HUGE_PAGE ? HUGE_PAGE : 64, bytes);
     if (!p) throw std::bad_alloc();
