@@ -10,7 +10,6 @@ from torch import Tensor
 
 from limber_fast.kernels import project_concat as kernels
 from limber_fast.kernels.info_nce_configs import Tiles
-from limber_fast.kernels.info_nce_launch import tma_can_read
 
 TOKENS, GROUP = 4, 8
 _STEP, _MASK = 0x9E3779B97F4A7C15, 2**64 - 1
@@ -151,7 +150,3 @@ def gradients(
             grad, places, p.weight, d_features, rows, d, e, p.weight.stride(0), num_m=num_m, num_n=num_n, **options
         )
     return d_features, d_weight, d_bias
-
-
-def aligned(features: Tensor, weight: Tensor) -> bool:
-    return tma_can_read(features, weight)

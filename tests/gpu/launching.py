@@ -6,17 +6,32 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import pytest
 from triton.runtime.jit import JITFunction
 
 from gpu.interpret import interpreted
 from gpu.ptx.launch import run_case
+from limber_fast import dispatch
+from limber_fast.backends import triton as backend
+from limber_fast.backends.triton import device
 from limber_fast.kernels import catalogue
 from limber_fast.kernels.recording import launch_of
 
 # Every kernel file now: one imported first inside `interpreted()` would hold interpreted functions for good.
 catalogue.cases("none")
 
-ENGINES = ("interpreted", "sm_80", "sm_90")
+CAPABILITY = {"interpreted": (9, 0), "sm_80": (8, 0), "sm_90": (9, 0)}
+ENGINES = tuple(CAPABILITY)
+PROGRAMS = 3  # fewer than tiles or rows: the persistent loops go round
+
+
+def send_to_triton(monkeypatch: pytest.MonkeyPatch, op: str, engine: str, programs: int = PROGRAMS) -> None:
+    """From here on `op` takes CPU tensors to the Triton backend, whose launches belong inside `running(engine)`."""
+    monkeypatch.setitem(dispatch.ORDER, "cpu", ("triton", "eager"))
+    monkeypatch.setattr(backend, f"{op}_supports", lambda request: None)
+    monkeypatch.setattr(device, "chip", lambda where: (CAPABILITY[engine], programs))
+    monkeypatch.setattr(device, "precision", lambda: "ieee")
+    monkeypatch.setattr(device, "prepare", lambda tma: None)
 
 
 def running(engine: str, **options: Any) -> AbstractContextManager[None]:

@@ -9,24 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpu.launching import ENGINES, running
-from limber_fast import dispatch, info_nce
-from limber_fast.backends import triton as backend
-from limber_fast.backends.triton import device as chips
+from gpu.launching import ENGINES, running, send_to_triton
+from limber_fast import info_nce
 from limber_fast.reference.info_nce import info_nce as reference
-
-CAPABILITY = {"interpreted": (9, 0), "sm_80": (8, 0), "sm_90": (9, 0)}
-PROGRAMS = 3  # fewer than tiles: the persistent loops go round
 
 
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """CPU tensors go to the Triton backend, whose launches run on the engine."""
-    monkeypatch.setitem(dispatch.ORDER, "cpu", ("triton", "eager"))
-    monkeypatch.setattr(backend, "info_nce_supports", lambda request: None)
-    monkeypatch.setattr(chips, "chip", lambda device: (CAPABILITY[request.param], PROGRAMS))
-    monkeypatch.setattr(chips, "precision", lambda: "ieee")
-    monkeypatch.setattr(chips, "prepare", lambda tma: None)
+    send_to_triton(monkeypatch, "info_nce", request.param)
     return request.param
 
 
@@ -162,7 +153,7 @@ def test_frozen_tower(engine, frozen):
 def test_same_bits_on_every_run_and_any_number_of_programs(engine, monkeypatch):
     call, results = CALLS["extra"], []
     for programs in (1, 3, 64):
-        monkeypatch.setattr(chips, "chip", lambda device, n=programs: (CAPABILITY[engine], n))
+        send_to_triton(monkeypatch, "info_nce", engine, programs)
         with running(engine):
             results.append(_gradients(info_nce, call))
     for other in results[1:]:

@@ -9,25 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpu.launching import ENGINES, running
-from limber_fast import dispatch, project_concat
-from limber_fast.backends import triton as backend
-from limber_fast.backends.triton import device as chips
+from gpu.launching import ENGINES, running, send_to_triton
+from limber_fast import project_concat
 from limber_fast.reference.project_concat import project_concat as reference
 
-CAPABILITY = {"interpreted": (9, 0), "sm_80": (8, 0), "sm_90": (9, 0)}
 IMAGE = 1000  # outside the vocabulary
-PROGRAMS = 3  # fewer than rows: the walk over rows goes round
 
 
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """CPU tensors go to the Triton backend, whose launches run on the engine."""
-    monkeypatch.setitem(dispatch.ORDER, "cpu", ("triton", "eager"))
-    monkeypatch.setattr(backend, "project_concat_supports", lambda request: None)
-    monkeypatch.setattr(chips, "chip", lambda device: (CAPABILITY[request.param], PROGRAMS))
-    monkeypatch.setattr(chips, "precision", lambda: "ieee")
-    monkeypatch.setattr(chips, "prepare", lambda tma: None)
+    send_to_triton(monkeypatch, "project_concat", request.param)
     return request.param
 
 

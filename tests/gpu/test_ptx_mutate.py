@@ -10,16 +10,14 @@ import pytest
 import torch
 
 from gpu import samples
-from gpu.launching import running
+from gpu.launching import running, send_to_triton
 from gpu.ptx import execute
 from gpu.ptx.equivalence import droppable_lines, equivalent_lines
 from gpu.ptx.launch import replacing, run_case
 from gpu.ptx.mutate import Mutant, mutants, mutation_score, sample
 from gpu.ptx.parse import parse
 from gpu.ptx_sources import TILE, handwritten, int8_matmul, matmul_problem, relative_error, softmax
-from limber_fast import dispatch, info_nce
-from limber_fast.backends import triton as backend
-from limber_fast.backends.triton import device as chips
+from limber_fast import info_nce
 from limber_fast.kernels.catalogue import Case
 from limber_fast.reference.info_nce import info_nce as reference
 from limber_fast.report.aot import compile_case
@@ -112,10 +110,7 @@ def test_score_of_the_samples(name, target):
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_score_of_the_shipped_info_nce(target, monkeypatch):
     """Every kernel behind one call of the op, forward and backward: does a check of the op's results notice?"""
-    monkeypatch.setitem(dispatch.ORDER, "cpu", ("triton", "eager"))
-    monkeypatch.setattr(backend, "info_nce_supports", lambda request: None)
-    monkeypatch.setattr(chips, "chip", lambda device: ((int(target[3]), 0), 3))
-    monkeypatch.setattr(chips, "prepare", lambda tma: None)
+    send_to_triton(monkeypatch, "info_nce", target)
     problems = [tower_problem(*p) for p in (("converged", 130, 72), ("wild", 130, 328))]
     with replacing({}) as launched:
         sound = [tower_errors(*problem, {}, target) for problem in problems]

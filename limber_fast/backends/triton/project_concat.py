@@ -19,11 +19,12 @@ def project_concat_supports(request: Any) -> str | None:
 
 def _projection(features: Tensor, weight: Tensor, bias: Tensor | None, seed: int, dropout_p: float) -> Any:
     from limber_fast.kernels import project_concat_launch as launch
+    from limber_fast.kernels.info_nce_launch import tma_can_read
 
     flat = features.reshape(-1, features.shape[2])  # a view unless images are slices of something larger
     capability, _ = device.chip(features.device)
     precision = device.precision()
-    config = launch.choose(capability, features.dtype, precision, launch.aligned(flat, weight))
+    config = launch.choose(capability, features.dtype, precision, tma_can_read(flat, weight))
     device.prepare(config.tma)
     return launch.Projection(
         features=flat, weight=weight, bias=bias, seed=seed, threshold=dropout_threshold(dropout_p) if dropout_p else 0,
