@@ -1,0 +1,6 @@
+"""The wording of every argument error: op, argument, contract, found, remedy. ValueError for shape and value,
+TypeError for dtype and kind. One module per op, over what they share."""
+
+from limber_fast.checks.general import *  # noqa: F403
+from limber_fast.checks.info_nce import *  # noqa: F403
+from limber_fast.checks.project_concat import *  # noqa: F403
