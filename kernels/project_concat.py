@@ -40,13 +40,13 @@ def dropout_factors(start, rows, columns, threshold, factor):
 def project_concat_fwd_kernel(
     features, weight, bias, positions, input_ids, embedding, embedding_scales, out, rows, D, E, tokens, feature_stride,
     weight_stride, embedding_stride, image_token_id, start, threshold, factor, num_m, num_n,
-    HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_TEXT: tl.constexpr, HAS_SCALES: tl.constexpr,
+    tiles, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_TEXT: tl.constexpr, HAS_SCALES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr,
     TMA: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Programs 0 .. num_m num_n - 1 own a tile of soft prompts each, the others TOKENS rows of text."""
+    """Programs 0 .. tiles - 1 own one of num_m x num_n tiles of soft prompts each, the others TOKENS rows of text."""
     pid = tl.program_id(0)
-    if pid < num_m * num_n:
+    if pid < tiles:
         pm, pn = grouped_order(pid, num_m, num_n, GROUP)
         m0, n0 = pm * BLOCK_M, pn * BLOCK_N
         a = descriptor(features, rows, D, feature_stride, BLOCK_M, BLOCK_K, TMA)
@@ -65,7 +65,7 @@ def project_concat_fwd_kernel(
             out + line[:, None] + e[None, :], acc.to(out.dtype.element_ty), mask=(r < rows)[:, None] & (e < E)[None, :]
         )
     elif HAS_TEXT:
-        t = (pid - num_m * num_n) * TOKENS + tl.arange(0, TOKENS)
+        t = (pid - tiles) * TOKENS + tl.arange(0, TOKENS)
         token = tl.load(input_ids + t, mask=t < tokens, other=image_token_id)
         text = token != image_token_id
         source = tl.where(text, token, 0) * embedding_stride

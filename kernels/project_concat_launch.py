@@ -28,15 +28,20 @@ class Config:
 # each operand anew beside the product: 128 x 128 and a short K keep that in registers.
 _HOPPER_16 = Config(Tiles(128, 128, 64, 8, 3), Tiles(128, 128, 32, 8, 3), True)
 _AMPERE_16 = Config(Tiles(128, 128, 32, 8, 4), Tiles(128, 64, 32, 8, 3), False)
-_TF32 = Config(Tiles(128, 64, 32, 8, 3), Tiles(64, 64, 32, 8, 3), False)
-_IEEE = Config(Tiles(64, 64, 16, 4, 2), Tiles(64, 64, 16, 8, 2), False)
+# Rows that are not whole 16 bytes, on any chip: at 128 x 128 their masks spill 54 registers on sm_100.
+_RAGGED_16 = Config(Tiles(128, 64, 32, 8, 4), Tiles(128, 64, 32, 8, 3), False)
+# fp32 on sm_80: 8 warps in the gradients spill a register beside the mask, as two stages do in the IEEE projection.
+_TF32 = Config(Tiles(128, 64, 32, 8, 3), Tiles(64, 64, 32, 4, 3), False)
+_IEEE = Config(Tiles(64, 64, 16, 4, 3), Tiles(64, 64, 16, 8, 2), False)
 
 
 def choose(capability: tuple[int, int], dtype: torch.dtype, precision: str, aligned: bool) -> Config:
     """The row for a chip, the features' dtype, for fp32 'ieee' or 'tf32', and whether TMA can read the operands."""
     if dtype == torch.float32:
         return _TF32 if precision == "tf32" else _IEEE
-    return _HOPPER_16 if capability[0] >= 9 and aligned else _AMPERE_16
+    if not aligned:
+        return _RAGGED_16
+    return _HOPPER_16 if capability[0] >= 9 else _AMPERE_16
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ def project(
         positions if input_ids is None else input_ids, nothing if embedding is None else embedding,
         nothing if scales is None else scales, out, rows, d, e, tokens, p.features.stride(0), p.weight.stride(0),
         0 if embedding is None else embedding.stride(0), image_token_id, dropout.pop("start"), dropout.pop("threshold"),
-        dropout.pop("factor"), num_m, num_n, HAS_BIAS=p.bias is not None, HAS_TEXT=input_ids is not None,
+        dropout.pop("factor"), num_m, num_n, num_m * num_n, HAS_BIAS=p.bias is not None, HAS_TEXT=input_ids is not None,
         HAS_SCALES=scales is not None, TOKENS=TOKENS, TMA=p.config.tma, EVEN_K=d % tiles.BLOCK_K == 0, **dropout,
         **p.options(tiles),
     )  # fmt: skip
