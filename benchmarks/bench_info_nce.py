@@ -10,7 +10,7 @@ import cases
 import pytest
 import torch
 import torch.nn.functional as F
-from comparison import Trial, Workload, available_bytes
+from comparison import Trial, Workload, available_bytes, compiled
 from torch import Tensor
 
 from limber_fast import info_nce, native
@@ -32,9 +32,9 @@ def eager(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
-def peers(device: str, d: int) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """The installed packages that compute the same loss."""
-    found = {}
+def peers(device: str, d: int, dtype: str) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """The installed packages that compute the same loss; on CUDA also what torch.compile makes of the eager one."""
+    found = {"compile": compiled(eager)} if device == "cuda" and dtype == "bfloat16" else {}
     if find_spec("open_clip"):
         from open_clip.loss import ClipLoss
 
@@ -146,7 +146,7 @@ def prepare(workload: Workload) -> Trial:
     if workload.group in ("size", "cuda") and n <= LARGEST_OF_PEERS:
         if dtype != "float32":
             add("eager_fp32", eager, EAGER_MATRICES, torch.float32)
-        for name, loss in peers(device, d).items():
+        for name, loss in peers(device, d, dtype).items():
             add(name, loss, 2 * EAGER_MATRICES)  # at most: a logits matrix of its own for each direction
     return Trial(
         ours=gradients(lambda *inputs: info_nce(*inputs, cache_mb=cache_mb)), baselines=baselines, errors=errors,

@@ -9,7 +9,7 @@ import cases
 import pytest
 import torch
 import torch.nn.functional as F
-from comparison import Trial, Workload
+from comparison import Trial, Workload, compiled
 from torch import Tensor
 
 from limber_fast import project_concat
@@ -111,11 +111,14 @@ def prepare(workload: Workload) -> Trial:
             pairs["features gradient"] = (result["features"].reshape(rows, d)[sample], exact)
         return found | {name: max(cases.errors(*pair)) for name, pair in pairs.items()}
 
+    baselines = {"eager": run(eager)}
+    if workload.device == "cuda" and workload.dtype == "bfloat16":
+        baselines["compile"] = run(compiled(eager))
     size = x["weight"].element_size()
     products = 1 + len({"weight", "features"} & set(trained)) + (norm and bool(trained))
     passes = 2 if trained else 1  # the backward reads the features and the gradient, and writes the weight's
     return Trial(
-        ours=run(fused), baselines={"eager": run(eager)}, errors=errors, tolerance=TOLERANCE[workload.dtype],
+        ours=run(fused), baselines=baselines, errors=errors, tolerance=TOLERANCE[workload.dtype],
         baseline_tolerance=BASELINE_TOLERANCE[workload.dtype], flops=2.0 * rows * d * e * products,
         bytes=passes * (e * d + rows * (d + e)) * size + 2 * b * TEXT * e * size,
         bound="bytes" if options.get("forward") and k == 1 else "flops",

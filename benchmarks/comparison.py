@@ -134,6 +134,12 @@ def measure(trial: Trial, device: str, benchmark: Any, budget: float, fewest_rou
     return columns | {f"{name}_skipped": reason for name, reason in trial.skipped.items()}
 
 
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile for the shapes of one row: compiled afresh, as after some rows it would give up and run eagerly."""
+    torch.compiler.reset()
+    return torch.compile(function, dynamic=False)
+
+
 def available_bytes(device: str) -> int | None:
     """Memory that a new allocation may take, None where the system does not say."""
     if device == "cuda":
