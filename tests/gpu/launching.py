@@ -1,12 +1,15 @@
-"""Kernels' own launchers on CPU tensors: interpreted, or compiled for a chip and their PTX executed."""
+"""Kernels' own launchers on CPU tensors: interpreted, or compiled for a chip and their PTX executed; and on a GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
 from typing import Any
 
 import pytest
+import torch
+from torch.utils._pytree import tree_map_only
 from triton.runtime.jit import JITFunction
 
 from gpu.interpret import interpreted
@@ -21,21 +24,44 @@ from limber_fast.kernels.recording import launch_of
 catalogue.cases("none")
 
 CAPABILITY = {"interpreted": (9, 0), "sm_80": (8, 0), "sm_90": (9, 0)}
-ENGINES = tuple(CAPABILITY)
+_NO_DEVICE = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+ENGINES = (*CAPABILITY, pytest.param("cuda", marks=[pytest.mark.cuda, _NO_DEVICE]))
 PROGRAMS = 3  # fewer than tiles or rows: the persistent loops go round
 
 
 def send_to_triton(monkeypatch: pytest.MonkeyPatch, op: str, engine: str, programs: int = PROGRAMS) -> None:
-    """From here on `op` takes CPU tensors to the Triton backend, whose launches belong inside `running(engine)`."""
+    """From here on `op` takes CPU tensors to the Triton backend, whose launches belong inside `running(engine)`.
+
+    Engine "cuda": the kernels on the device; the op goes through `on(engine, op)`.
+    """
+    capability = CAPABILITY.get(engine) or torch.cuda.get_device_capability()
+    monkeypatch.setattr(device, "chip", lambda where: (capability, programs))
+    if engine == "cuda":
+        monkeypatch.setitem(dispatch.ORDER, "cuda", ("triton",))
+        return
     monkeypatch.setitem(dispatch.ORDER, "cpu", ("triton", "eager"))
     monkeypatch.setattr(backend, f"{op}_supports", lambda request: None)
-    monkeypatch.setattr(device, "chip", lambda where: (CAPABILITY[engine], programs))
     monkeypatch.setattr(device, "precision", lambda: "ieee")
     monkeypatch.setattr(device, "prepare", lambda tma: None)
 
 
+def on(engine: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, its tensors sent to the engine's device and its results back to the CPU, as their gradients are."""
+    if engine != "cuda":
+        return function
+
+    @wraps(function)
+    def there(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = tree_map_only(torch.Tensor, lambda x: x.cuda(), (args, kwargs))
+        return tree_map_only(torch.Tensor, lambda x: x.cpu(), function(*args, **kwargs))
+
+    return there
+
+
 def running(engine: str, **options: Any) -> AbstractContextManager[None]:
     """Inside the block every launch runs on `engine`; options go to the executor of PTX."""
+    if engine == "cuda":
+        return nullcontext()
     return interpreted() if engine == "interpreted" else executed(engine, **options)
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels of info_nce behind the public op, interpreted and as executed PTX, against float64."""
+"""The Triton kernels of info_nce behind the public op, interpreted, as executed PTX and on a GPU, against float64."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpu.launching import ENGINES, running, send_to_triton
+from gpu.launching import ENGINES, on, running, send_to_triton
 from limber_fast import info_nce
 from limber_fast.reference.info_nce import info_nce as reference
 
 
 @pytest.fixture(params=ENGINES)
-def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """CPU tensors go to the Triton backend, whose launches run on the engine."""
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, poisoned: None) -> str:
+    """CPU tensors go to the Triton backend, whose launches run on the engine; its outputs are NaN beforehand."""
     send_to_triton(monkeypatch, "info_nce", request.param)
     return request.param
 
@@ -93,7 +93,7 @@ def _dense(image, text, scale, *, logit_bias, extra_negatives=None, reduction, *
 def test_against_float64(engine, name):
     call = CALLS[name]
     with running(engine):
-        found = _gradients(info_nce, call)
+        found = _gradients(on(engine, info_nce), call)
     true, eager = _gradients(reference, call, torch.float64), _gradients(_dense, call)
     fp32 = max(cases.FLOOR[torch.float32], 2**-24 * call.inputs()[2].item())
     for output in ("loss", "image", "text", *(["extra_negatives"] if call.extra else [])):
@@ -114,7 +114,7 @@ def test_statistics(engine, name):
     image, text, scale, bias, *extra = call.inputs()
     more = {"extra_negatives": extra[0]} if extra else {}
     with running(engine):
-        _, stats = info_nce(image, text, scale, logit_bias=bias, return_stats=True, **call.options, **more)
+        _, stats = on(engine, info_nce)(image, text, scale, logit_bias=bias, return_stats=True, **call.options, **more)
     more = {key: x.double() for key, x in more.items()}
     _, true = reference(image.double(), text.double(), scale.double(), logit_bias=bias.double(), **call.options, **more)
     for field_name in ("image_log_sum_exp", "text_log_sum_exp", "loss_per_row", "image_accuracy", "text_accuracy"):
@@ -131,7 +131,7 @@ def test_nan_reaches_what_it_reaches_in_eager(engine, tower):
     inputs[tower][33, 3] = torch.nan
     leaves = [x.requires_grad_() for x in inputs]
     with running(engine):
-        loss = info_nce(*leaves, 9.0, reduction="none", symmetric=False)
+        loss = on(engine, info_nce)(*leaves, 9.0, reduction="none", symmetric=False)
         found = torch.autograd.grad(loss.sum(), leaves)
     dense = cases.eager_info_nce(*leaves, torch.tensor(9.0), symmetric=False)
     for x, y in zip((loss, *found), (dense, *torch.autograd.grad(dense.sum(), leaves)), strict=True):
@@ -144,9 +144,9 @@ def test_frozen_tower(engine, frozen):
     image, text = image.clone().requires_grad_(frozen != "image"), text.clone().requires_grad_(frozen != "text")
     live = text if frozen == "image" else image
     with running(engine):
-        (alone,) = torch.autograd.grad(info_nce(image, text, scale), live)
+        (alone,) = torch.autograd.grad(on(engine, info_nce)(image, text, scale), live)
         leaves = [x.detach().requires_grad_() for x in (image, text)]
-        both = torch.autograd.grad(info_nce(*leaves, scale), leaves)
+        both = torch.autograd.grad(on(engine, info_nce)(*leaves, scale), leaves)
     assert torch.equal(alone, both[frozen == "image"])
 
 
@@ -155,6 +155,6 @@ def test_same_bits_on_every_run_and_any_number_of_programs(engine, monkeypatch):
     for programs in (1, 3, 64):
         send_to_triton(monkeypatch, "info_nce", engine, programs)
         with running(engine):
-            results.append(_gradients(info_nce, call))
+            results.append(_gradients(on(engine, info_nce), call))
     for other in results[1:]:
         assert all(torch.equal(results[0][name], other[name]) for name in other)

@@ -1,4 +1,7 @@
-"""The Triton kernels of project_concat behind the public op, interpreted and as executed PTX, against float64."""
+"""The Triton kernels of project_concat behind the public op: interpreted, as executed PTX and on a GPU.
+
+Held against float64.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpu.launching import ENGINES, running, send_to_triton
+from gpu.launching import ENGINES, on, running, send_to_triton
 from limber_fast import project_concat
 from limber_fast.reference.project_concat import project_concat as reference
 
@@ -17,8 +20,8 @@ IMAGE = 1000  # outside the vocabulary
 
 
 @pytest.fixture(params=ENGINES)
-def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """CPU tensors go to the Triton backend, whose launches run on the engine."""
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, poisoned: None) -> str:
+    """CPU tensors go to the Triton backend, whose launches run on the engine; its outputs are NaN beforehand."""
     send_to_triton(monkeypatch, "project_concat", request.param)
     return request.param
 
@@ -92,7 +95,7 @@ def _eager(*args, **kwargs) -> Tensor:
 def test_against_float64(engine, name):
     call = CALLS[name]
     with running(engine):
-        found = call.run(project_concat)
+        found = call.run(on(engine, project_concat))
     true, eager = call.run(reference, torch.float64), call.run(_eager)
     for place, (x, y, z) in enumerate(zip(found, true, eager, strict=True)):
         for error, of_eager in zip(cases.errors(x, y), cases.errors(z, y), strict=True):
@@ -104,15 +107,15 @@ def test_frozen_inputs_and_strided_features(engine):
     features = torch.cat([leaves[0][:, :1], leaves[0]], 1)[:, 1:]  # a class token sliced off
     with running(engine):
         weight = leaves[1].requires_grad_()
-        out = project_concat(features, weight, leaves[2], ids, embedding, **options)
+        out = on(engine, project_concat)(features, weight, leaves[2], ids, embedding, **options)
         (alone,) = torch.autograd.grad(out.float().sum(), weight)
         whole = [x.detach().requires_grad_() for x in leaves[:3]]
-        both = torch.autograd.grad(project_concat(*whole, ids, embedding, **options).float().sum(), whole)
+        both = torch.autograd.grad(on(engine, project_concat)(*whole, ids, embedding, **options).float().sum(), whole)
     assert torch.equal(alone, both[1])
 
 
 def test_the_mask_is_eagers(engine):
     leaves, ids, embedding, options = Call(dropout_p=0.5, e=70, k=9, dtype=torch.float32).data()
     with running(engine):
-        found = project_concat(*leaves, ids, embedding, **options)
+        found = on(engine, project_concat)(*leaves, ids, embedding, **options)
     assert torch.equal(found == 0, _eager(*leaves, ids, embedding, **options) == 0)
