@@ -28,6 +28,7 @@ _DEPTH = {
 class Options:
     """A call of project_concat whose kernels differ from the plain one's.
 
+    dropout: the threshold; from 2^31 on its type is another.
     embedding: dtype of the word embedding where it is not the features'; int8 comes with scales.
     needs: what the backward pass is asked for besides the norm's weight and bias: features, weight, bias.
     """
@@ -38,7 +39,7 @@ class Options:
     padding: int = 0  # elements between rows of the features
     bias: bool = True
     embedding: torch.dtype | None = None
-    dropout: bool = False
+    dropout: int = 0
     norm: bool = False
     affine: bool = True
     needs: str = "fwb"
@@ -47,18 +48,18 @@ class Options:
 
 OPTIONS = (
     Options("plain"),
-    Options("ragged", D=123, E=75, dropout=True),
+    Options("ragged", D=123, E=75, dropout=2**30),
     Options("strided", padding=8, arithmetic=("bf16", "fp32")),
     Options("no_bias", bias=False, needs="w"),
-    Options("bias_alone", needs="b", dropout=True),
+    Options("bias_alone", needs="b", dropout=2**30),
     Options("int8", embedding=torch.int8),
     Options("half_embedding", embedding=torch.float16, arithmetic=("bf16", "tf32", "fp32")),
     Options("fp32_embedding", embedding=torch.float32, arithmetic=("bf16", "fp16")),
-    Options("dropout", dropout=True),
+    Options("dropout", dropout=2**30),
     Options("norm", norm=True),
-    Options("norm_dropout", norm=True, dropout=True),
+    Options("norm_dropout", norm=True, dropout=2**30),
     Options("plain_norm", norm=True, affine=False, bias=False),
-    Options("everything", D=123, E=75, padding=5, embedding=torch.int8, dropout=True, norm=True),
+    Options("everything", D=123, E=75, padding=5, embedding=torch.int8, dropout=2**31, norm=True),
 )
 
 
@@ -73,7 +74,7 @@ def launches(target: str, options: Options, arithmetic: str) -> list[Launch]:
     embedding = torch.empty(VOCABULARY, e, dtype=options.embedding or dtype)
     p = project_concat_launch.Projection(
         features=features, weight=weight, bias=torch.empty(e, dtype=dtype) if options.bias else None, seed=1,
-        threshold=2**30 if options.dropout else 0, factor=4 / 3 if options.dropout else 1.0,
+        threshold=options.dropout, factor=2**32 / (2**32 - options.dropout),
         config=project_concat_launch.choose(capability, dtype, precision, aligned), precision=precision,
     )  # fmt: skip
     tokens = torch.empty(B, K + TEXT, dtype=torch.int64)

@@ -39,6 +39,7 @@ class Call:
     norm: bool = False
     int8: bool = False
     bias: bool = True
+    broken: bool = False  # NaN and infinity in features, weight and the upstream gradient
 
     def data(self) -> tuple[list[Tensor], Tensor, Tensor | tuple[Tensor, Tensor], dict]:
         """Differentiable inputs in float64 values of `dtype`, ids, embedding, options."""
@@ -64,12 +65,16 @@ class Call:
     def run(self, function, dtype: torch.dtype | None = None) -> list[Tensor]:
         """The result and the gradient of every leaf, for a fixed gradient of the result."""
         leaves, ids, embedding, options = self.data()
+        if self.broken:
+            leaves[0][-1, 0, 3], leaves[0][0, -1, 5], leaves[1][2, 1] = torch.nan, torch.inf, -torch.inf
         leaves = [x.to(dtype or x.dtype).requires_grad_() for x in leaves]
         features, weight, *rest = leaves
         bias = rest.pop(0) if self.bias else None
         norm = (*rest, 1e-5) if self.norm else None
         out = function(features, weight, bias, ids, embedding, layer_norm=norm, **options)
         upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(4)).to(self.dtype).to(out.dtype)
+        if self.broken:
+            upstream[0, 2, 1], upstream[1, 1, 0] = torch.nan, torch.inf
         return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
 
 
@@ -82,6 +87,7 @@ CALLS = {
     "no_bias": Call(bias=False),
     "int8": Call(int8=True),
     "dropout": Call(dropout_p=0.3),
+    "heavy_dropout": Call(dropout_p=0.9),
     "norm": Call(norm=True),
     "norm_dropout": Call(norm=True, dropout_p=0.3, dtype=torch.float32),
 }
@@ -100,6 +106,33 @@ def test_against_float64(engine, name):
     for place, (x, y, z) in enumerate(zip(found, true, eager, strict=True)):
         for error, of_eager in zip(cases.errors(x, y), cases.errors(z, y), strict=True):
             assert error <= 2 * of_eager + cases.FLOOR[call.dtype], (place, error, of_eager)
+
+
+@pytest.mark.parametrize("options", [{}, {"dropout_p": 0.5}, {"norm": True}], ids=str)
+def test_nan_and_infinity_reach_what_they_reach_in_eager(engine, options):
+    call = Call(broken=True, **options)
+    with running(engine):
+        found = call.run(on(engine, project_concat))
+    for place, (x, y) in enumerate(zip(found, call.run(_eager), strict=True)):
+        assert torch.equal(x.isnan(), y.isnan()) and torch.equal(x.isinf(), y.isinf()), place
+
+
+@pytest.mark.parametrize("n_images", [0, 5])
+def test_expanded_features_and_gradient(engine, n_images):
+    """One image in every place, or none; a gradient that is one row. Strides of 0, and no soft prompt at all."""
+    leaves, _, embedding, options = Call(k=1, n_images=1).data()
+    ids = torch.tensor([[7, *[IMAGE] * n_images, 3]])
+    grad = leaves[2].flip(0).expand(1, ids.shape[1], 40)
+
+    def run(function):
+        features, weight, bias = (x.detach().requires_grad_() for x in leaves)
+        out = function(features.expand(n_images, 1, 72), weight, bias, ids, embedding, **options)
+        return out, *torch.autograd.grad(out, (features, weight, bias), grad)
+
+    with running(engine):
+        found = run(on(engine, project_concat))
+    for x, y in zip(found, run(_eager), strict=True):
+        torch.testing.assert_close(x, y, rtol=2**-6, atol=2**-6)
 
 
 def test_frozen_inputs_and_strided_features(engine):
