@@ -31,7 +31,7 @@ ISA_FLAGS = {
     "baseline": ["-march=x86-64-v2"] if X86 else [],
     "avx2": ["-march=x86-64-v3"],
     "avx512": AVX512_FLAGS,
-    "amx": [*AVX512_FLAGS, "-mamx-tile", "-mamx-bf16"],
+    "amx": [*AVX512_FLAGS, "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
 }
 CUDA_ARCHITECTURES = ("80", "90a", "100")
 

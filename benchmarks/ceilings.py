@@ -29,13 +29,13 @@ class Ceilings:
 
     def peak(self, device: str, isa: str, dtype: str) -> tuple[str, float]:
         """Name and FLOP/s of the ceiling of a product of `dtype` by the kernels of `isa`."""
-        kind = "bf16" if dtype == "bfloat16" else "fp32"
+        kind = {"bfloat16": "bf16", "int8": "int8"}.get(dtype, "fp32")
         if device == "cuda":
             return f"torch GEMM {kind} on CUDA", self._cuda_gemm[kind]
-        fp32, bf16 = self._isa_peaks[isa]
-        if kind == "bf16" and bf16:
-            return f"{isa} bf16 dot products", bf16
-        return f"{isa} fp32 multiply-adds", fp32
+        peaks = self._isa_peaks[isa]
+        if kind != "fp32" and peaks[kind]:
+            return f"{isa} {kind} dot products", peaks[kind]
+        return f"{isa} fp32 multiply-adds", peaks["fp32"]
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -43,14 +43,15 @@ class Ceilings:
             "read_bytes_per_s": self.read_bytes_per_s,
             "torch_gemm_flop_per_s": self.torch_gemm,
             "peak_flop_per_s": {
-                isa: {"fp32": fp32, "bf16": bf16 or None} for isa, (fp32, bf16) in self._isa_peaks.items()
+                isa: {kind: rate or None for kind, rate in peaks.items()} for isa, peaks in self._isa_peaks.items()
             },
         }
 
-    def _registers(self, isa: str) -> tuple[float, float]:
+    def _registers(self, isa: str) -> dict[str, float]:
         module = import_module(f"limber_fast._cpu_{isa}")
         runs = [module.cpu_peaks(self.threads) for _ in range(10)]  # one is over in milliseconds
-        return tuple(self.threads * max(figures) for figures in zip(*runs, strict=True))
+        best = (self.threads * max(figures) for figures in zip(*runs, strict=True))
+        return dict(zip(("fp32", "bf16", "int8"), best, strict=True))
 
     @cached_property
     def _cuda_gemm(self) -> dict[str, float]:

@@ -3,7 +3,19 @@
 from limber_fast.dispatch import BackendUnavailable, use_backend
 from limber_fast.losses import ClipLoss, SigLipLoss
 from limber_fast.ops.info_nce import InfoNceStats, info_nce
+from limber_fast.ops.int8_linear import Int8Weight, int8_linear, quantize_int8
 from limber_fast.ops.project_concat import project_concat
 
 __version__ = "0.1.0"
-__all__ = ["BackendUnavailable", "ClipLoss", "InfoNceStats", "SigLipLoss", "info_nce", "project_concat", "use_backend"]
+__all__ = [
+    "BackendUnavailable",
+    "ClipLoss",
+    "InfoNceStats",
+    "Int8Weight",
+    "SigLipLoss",
+    "info_nce",
+    "int8_linear",
+    "project_concat",
+    "quantize_int8",
+    "use_backend",
+]

@@ -15,7 +15,7 @@ import torch
 from limber_fast import __version__, dispatch, native
 from limber_fast.console import Console
 
-REQUIRED = ("torch", "triton", "numpy", "rich")
+REQUIRED = ("torch", "triton", "numpy", "rich", "safetensors")
 OPTIONAL = ("torchvision", "open_clip_torch", "scikit-learn", "matplotlib", "pillow", "pytest-benchmark", "psutil")
 PEERS = ("inf-cl", "liger-kernel", "cut-cross-entropy")
 OVERRIDES = ("LIMBER_FAST_BACKEND", native.ISA_VARIABLE, "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES")

@@ -21,7 +21,7 @@ ISA_FEATURES: dict[str, tuple[str, ...]] = {
     "baseline": (),
     "avx2": ("avx2", "fma", "f16c"),
     "avx512": _AVX512,
-    "amx": (*_AVX512, "amx_tile", "amx_bf16"),
+    "amx": (*_AVX512, "amx_tile", "amx_bf16", "amx_int8"),
 }
 
 

@@ -160,3 +160,38 @@ def eager_project_concat(
     is_image = input_ids == image_token_id
     inputs_embeds = F.embedding(input_ids.masked_fill(is_image, 0), embedding).to(features.dtype)
     return inputs_embeds.masked_scatter(is_image[..., None], soft_prompts)
+
+# M, N, K of int8 products: every ragged size in every place; one row, a few, whole tiles, and more than one block or
+# chunk of the reduction.
+INT8_SHAPES = (
+    (1, 1, 1), (1, 33, 65), (2, 96, 4100), (5, 31, 130), (13, 64, 64), (16, 65, 1023), (29, 130, 257), (33, 32, 192),
+    (67, 161, 71), (300, 40, 4500),
+)  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def int8_layer(m: int, n: int, k: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Activations of a language model in `dtype`: unit rows, few features far to one side, a row of zeros; a weight,
+    a bias and a residual at the scale of its layers."""
+    generator = torch.Generator().manual_seed(18)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    x, weight = normal(m, k), normal(n, k) / k**0.5
+    x[:, 3 % k] -= 7
+    x[::3, k // 2] += 30
+    x[m // 2] *= m > 1
+    weight[n // 2] *= n > 1
+    values = {"x": x, "weight": weight, "bias": normal(n), "residual": normal(m, n), "grad": normal(m, n)}
+    return {name: value.to(dtype) for name, value in values.items()}
+
+
+def eager_int8_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None
+) -> Tensor:
+    """The layer that int8_linear stands for, with its weight in the dtype of `x`."""
+    y = F.linear(x, weight, bias)
+    if activation is not None:
+        y = F.gelu(y, approximate="tanh")
+    return y if residual is None else y + residual

@@ -10,14 +10,17 @@ inline double seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
+enum PeakKind { PEAK_FP32, PEAK_BF16, PEAK_INT8 };
+
 // FLOP/s of one thread on independent multiply-adds held in registers: 24 chains hide any latency. Inline assembly on
 // x86, because compilers spill accumulator arrays and then measure half the peak.
-template <int KIND>
+template <PeakKind KIND>
 __attribute__((noinline)) double peak_run(int64_t iterations) {
   const double start = seconds();
 #if defined(LIMBER_BF16_PAIRS)
 #define LIMBER_OP(i) "vfmadd231ps %%zmm30, %%zmm31, %%zmm" #i "\n\t"
 #define LIMBER_DOT(i) "vdpbf16ps %%zmm30, %%zmm31, %%zmm" #i "\n\t"
+#define LIMBER_BYTES(i) "vpdpbusd %%zmm30, %%zmm31, %%zmm" #i "\n\t"
 #define LIMBER_24(F) \
   F(0)               \
   F(1)               \
@@ -26,10 +29,12 @@ __attribute__((noinline)) double peak_run(int64_t iterations) {
 #define LIMBER_CLOBBER                                                                                                \
   "zmm0", "zmm1", "zmm2", "zmm3", "zmm4", "zmm5", "zmm6", "zmm7", "zmm8", "zmm9", "zmm10", "zmm11", "zmm12", "zmm13", \
       "zmm14", "zmm15", "zmm16", "zmm17", "zmm18", "zmm19", "zmm20", "zmm21", "zmm22", "zmm23", "zmm30", "zmm31", "cc"
-  constexpr double flop = KIND ? 24 * 64 : 24 * 32;
+  constexpr double flop = 24 * (KIND == PEAK_INT8 ? 128 : KIND == PEAK_BF16 ? 64 : 32);
   asm volatile("vpxorq %%zmm30, %%zmm30, %%zmm30\n\tvpxorq %%zmm31, %%zmm31, %%zmm31" ::: "zmm30", "zmm31");
   for (int64_t k = 0; k < iterations; k++) {
-    if (KIND)
+    if (KIND == PEAK_INT8)
+      asm volatile(LIMBER_24(LIMBER_BYTES)::: LIMBER_CLOBBER);
+    else if (KIND == PEAK_BF16)
       asm volatile(LIMBER_24(LIMBER_DOT)::: LIMBER_CLOBBER);
     else
       asm volatile(LIMBER_24(LIMBER_OP)::: LIMBER_CLOBBER);
@@ -59,40 +64,48 @@ __attribute__((noinline)) double peak_run(int64_t iterations) {
 }
 
 #if defined(LIMBER_ISA_AMX)
+template <PeakKind KIND>
 inline double tile_peak(int64_t iterations) {
   const TileSession session;
   const double start = seconds();
   for (int64_t k = 0; k < iterations; k++) {
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    if (KIND == PEAK_INT8) {
+      _tile_dpbusd(0, 4, 6);
+      _tile_dpbusd(1, 4, 7);
+      _tile_dpbusd(2, 5, 6);
+      _tile_dpbusd(3, 5, 7);
+    } else {
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
   }
-  return iterations * 4 * 16 * 16 * 32 * 2 / (seconds() - start);
+  return iterations * 4.0 * 16 * 16 * (KIND == PEAK_INT8 ? 64 : 32) * 2 / (seconds() - start);
 }
 #endif
 
 struct Peaks {
-  double fp32, bf16;
+  double fp32, bf16, int8;
 };
 
-// Per-thread peaks with `threads` of them busy; bf16 is 0 where the instruction set has no bf16 product.
+// Per-thread peaks with `threads` of them busy; bf16 and int8 are 0 where the instruction set has no such product.
 inline Peaks cpu_peaks(int threads) {
-  double fp32 = 0, bf16 = 0;
+  double fp32 = 0, bf16 = 0, int8 = 0;
   for (int rep = 0; rep < 5; rep++) {
-    double f = 0, b = 0;
-#pragma omp parallel num_threads(threads) reduction(+ : f, b)
+    double f = 0, b = 0, i = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : f, b, i)
     {
-      f += peak_run<0>(100000);
+      f += peak_run<PEAK_FP32>(100000);
 #if defined(LIMBER_ISA_AMX)
-      b += tile_peak(100000);
+      b += tile_peak<PEAK_BF16>(100000), i += tile_peak<PEAK_INT8>(100000);
 #elif defined(LIMBER_ISA_AVX512)
-      b += peak_run<1>(100000);
+      b += peak_run<PEAK_BF16>(100000), i += peak_run<PEAK_INT8>(100000);
 #endif
     }
-    fp32 = std::max(fp32, f / threads), bf16 = std::max(bf16, b / threads);
+    fp32 = std::max(fp32, f / threads), bf16 = std::max(bf16, b / threads), int8 = std::max(int8, i / threads);
   }
-  return {fp32, bf16};
+  return {fp32, bf16, int8};
 }
 
 // Bytes/s of reading a buffer much larger than the caches, best of a few sweeps.
@@ -108,7 +121,7 @@ inline double read_bandwidth(int threads, int64_t bytes) {
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : sink)
     for (int64_t k = 0; k < n; k++) {
       const float* p = data + k * 8 * simd::W;
-      __builtin_prefetch(p + 1024);
+      for (int i = 0; i < 8 * simd::W; i += 16) __builtin_prefetch(p + 1024 + i);
       simd::vec s[2] = {simd::load(p), simd::load(p + simd::W)};
       for (int i = 2; i < 8; i++) s[i % 2] = simd::add(s[i % 2], simd::load(p + i * simd::W));
       simd::vec t = simd::add(s[0], s[1]);

@@ -5,12 +5,16 @@ for fp64 operands). Gradients are written out because autograd is off inside an 
 """
 
 from limber_fast.backends.eager.info_nce import info_nce_bwd, info_nce_fwd, info_nce_supports
+from limber_fast.backends.eager.int8_linear import int8_linear_bwd, int8_linear_fwd, int8_linear_supports
 from limber_fast.backends.eager.project_concat import project_concat_bwd, project_concat_fwd, project_concat_supports
 
 __all__ = [
     "info_nce_bwd",
     "info_nce_fwd",
     "info_nce_supports",
+    "int8_linear_bwd",
+    "int8_linear_fwd",
+    "int8_linear_supports",
     "project_concat_bwd",
     "project_concat_fwd",
     "project_concat_supports",

@@ -1,6 +1,7 @@
 """The Triton backend (CUDA tensors): kernels/<stem>.py, compiled on first use for the device at hand."""
 
 from limber_fast.backends.triton.info_nce import info_nce_bwd, info_nce_fwd, info_nce_supports
+from limber_fast.backends.triton.int8_linear import int8_linear_supports
 from limber_fast.backends.triton.project_concat import (
     project_concat_bwd,
     project_concat_fwd,
@@ -11,6 +12,7 @@ __all__ = [
     "info_nce_bwd",
     "info_nce_fwd",
     "info_nce_supports",
+    "int8_linear_supports",
     "project_concat_bwd",
     "project_concat_fwd",
     "project_concat_supports",

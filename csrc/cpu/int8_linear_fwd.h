@@ -1,0 +1,80 @@
+// Forward of int8_linear: the packed weight streams by once, block of 32 output channels after block, each multiplied
+// by all strips of quantised rows. FLOP: 2 M N K, with two digits twice as many of 8 bits.
+//
+// An element is one sum of integers: the same for any number of threads.
+#pragma once
+#include <memory>
+
+#include "int8_linear_product.h"
+
+namespace limber {
+
+class Int8LinearForward {
+ public:
+  explicit Int8LinearForward(const Int8LinearParams& params)
+      : p(params), rows_(p.M, p.K, p.eight_bits ? 1 : 2, p.threads), blocks_(ceil_div(p.N, BLOCK)) {
+    whole_ = rows_.chunk() >= rows_.padded;
+    group_ = whole_ ? std::clamp<int64_t>(blocks_ / (p.threads * 16), 1, 16) : 8;
+  }
+
+  void run() {
+    const Int8Epilogue::Outputs outputs{p.N,    p.dtype, p.out,           p.row_sums, p.scales,
+                                        p.bias, p.gelu,  p.preactivation, p.residual, p.residual_stride};
+    for (void* to : {p.out, p.preactivation})
+      if (to) advise_huge_pages(to, p.M * p.N * size_of(p.dtype));
+#pragma omp parallel num_threads(p.threads)
+    {
+#if defined(LIMBER_ISA_AMX)
+      std::unique_ptr<TileSession> session(rows_.tiles ? new TileSession : nullptr);
+#endif
+      rows_.quantise(
+          [&](int64_t m, float* to) {
+            const char* x = (const char*)p.x + m * p.x_stride * size_of(p.dtype);
+            for (int64_t k = 0; k < p.K; k += simd::W) simd::store(to + k, load_as_float(p.dtype, x, k, p.K - k));
+          },
+          p.eight_bits ? p.outlier_threshold : 0);
+      Int8Epilogue epilogue(outputs, rows_);
+      Buffer<int32_t> sums((whole_ ? 32 : group_ * rows_.most_rows()) * BLOCK);
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t first = 0; first < blocks_; first += group_)
+        for (const auto& block : rows_.blocks())
+          for (int64_t k = 0; k < rows_.padded; k += rows_.chunk())
+            for (int64_t b = first; b < std::min(first + group_, blocks_); b++)
+              multiply(b, b - first, block, k, epilogue, sums);
+    }
+  }
+
+ private:
+  const int8_t* weights(int64_t block, int64_t k) const { return p.packed + (block * rows_.padded + k) * BLOCK; }
+
+  void multiply(int64_t b, int64_t in_group, const Int8Rows::RowBlock& rows, int64_t k, Int8Epilogue& epilogue,
+                int32_t* sums) const {
+    const int64_t count = std::min(rows_.chunk(), rows_.padded - k), bytes = count * BLOCK;
+    const int8_t *B = weights(b, k), *next = weights(std::min(b + 1, blocks_ - 1), k);
+    const bool last = k + count == rows_.padded;
+    if (last) epilogue.begin(b, [&](int64_t i, int c) { return weights(b, 0)[i / 4 * BLOCK_GROUP + 4 * c + i % 4]; });
+    // Each strip asks for its share of the next block: all of it in the first two takes half of their rate.
+    int64_t shares = rows.strips;
+    if (!rows_.tiles)
+      for (shares = 2; 2 * shares <= rows.strips;) shares *= 2;
+    const int64_t share = round_up(ceil_div(bytes, shares), 64);
+    for (int64_t s = 0; s < rows.strips; s++) {
+      const Int8Rows::Strip& strip = rows_.strips()[rows.strip + s];
+      int32_t* to = sums + (whole_ ? 0 : (in_group * rows_.most_rows() + strip.row) * BLOCK);
+      const Ahead kind = rows.strips == 1 && !rows_.tiles ? Ahead::own_block
+                         : s < shares                     ? Ahead::next_block
+                                                          : Ahead::none;
+      int8_product(rows_, strip, rows_.panel(rows, strip, k, count), B, count, to, k > 0, kind, next + s * share,
+                   share);
+      if (last) epilogue.finish(strip, to);
+    }
+  }
+
+  const Int8LinearParams& p;
+  Int8Rows rows_;
+  const int64_t blocks_;
+  int64_t group_;
+  bool whole_;
+};
+
+}  // namespace limber
