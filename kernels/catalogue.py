@@ -6,6 +6,11 @@ A kernel file, or a `<stem>_cases.py` beside it, has a function
 
 with every configuration its launchers can choose on that target. The checks that need no GPU (tests/gpu) compile, gate
 and run them; `limber-fast bench --modelled` prices them. Nothing here imports Triton, so a list of cases costs nothing.
+Beside it there may be a function
+
+    def steps(target: str) -> dict[str, list[tuple[Case, Work]]]
+
+with all launches of whole passes, by a name with the size of the problem.
 """
 
 from __future__ import annotations
@@ -74,11 +79,16 @@ class Work:
 
 def cases(target: str) -> dict[str, list[tuple[Case, Work]]]:
     """The cases of every kernel file that has any, by module name."""
-    return {stem: listed(target) for stem, listed in _catalogues().items()}
+    return {stem: listed(target) for stem, listed in _functions("cases").items()}
 
 
-def _catalogues() -> dict[str, Callable[[str], list[tuple[Case, Work]]]]:
+def steps(target: str) -> dict[str, list[tuple[Case, Work]]]:
+    """Every launch of the passes that kernel files list, by name."""
+    return {name: launches for listed in _functions("steps").values() for name, launches in listed(target).items()}
+
+
+def _functions(name: str) -> dict[str, Callable[[str], Any]]:
     package = importlib.import_module("limber_fast.kernels")
     names = sorted(module.name for module in pkgutil.iter_modules(package.__path__) if module.name != "catalogue")
-    modules = {name: importlib.import_module(f"{package.__name__}.{name}") for name in names}
-    return {name: module.cases for name, module in modules.items() if hasattr(module, "cases")}
+    modules = {stem: importlib.import_module(f"{package.__name__}.{stem}") for stem in names}
+    return {stem: getattr(module, name) for stem, module in modules.items() if hasattr(module, name)}

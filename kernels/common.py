@@ -58,6 +58,12 @@ def dot_rows(
 
 
 @triton.jit
+def column_halves(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The left and the right half of [BLOCK_M, BLOCK_N]; every element stays in its register."""
+    return tl.split(tl.permute(tl.reshape(x, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def merge_sums(shift, total, moment, other_shift, other_total, other_moment):
     """Adds two sums of 2^(x - shift) and their moments, sums of 2^(x - shift) (x - shift); shifts are integers.
 

@@ -14,10 +14,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from limber_fast.kernels.common import LOG2E, descriptor, dot_rows, grouped_order, merge_sums
+from limber_fast.kernels.common import LOG2E, column_halves, descriptor, dot_rows, grouped_order, merge_sums
 
 # Sums above this are exact to fp32 under the shared shift: the largest element is about 1.
 LEAST_SUM = tl.constexpr(2.0**-64)
+
+
+@triton.jit
+def row_labels(labels, rows, N, HAS_LABELS: tl.constexpr):
+    """Column of each row's positive."""
+    return tl.load(labels + rows, mask=rows < N, other=-1) if HAS_LABELS else rows
+
+
+@triton.jit
+def labels_within(
+    labels, rows, N, m0, n0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LABELS: tl.constexpr
+):  # fmt: skip
+    """(each row's positive as a column of the tile, whether any row may have one there)."""
+    label = row_labels(labels, rows, N, HAS_LABELS) - n0
+    if HAS_LABELS:
+        return label, tl.max(((label >= 0) & (label < BLOCK_N)).to(tl.int32), 0) > 0
+    else:
+        return label, (m0 < n0 + BLOCK_N) & (n0 < m0 + BLOCK_M)
 
 
 @triton.jit
@@ -28,7 +46,7 @@ def live_mask(
     """(negatives, positives) of a tile as masks; `columns` counts within the matrix, labels and ids within the text."""
     inside = (rows < N)[:, None] & (columns < M)[None, :]
     if HAS_POSITIVE:
-        label = tl.load(labels + rows, mask=rows < N, other=-1) if HAS_LABELS else rows
+        label = row_labels(labels, rows, N, HAS_LABELS)
         positive = (label[:, None] == columns[None, :]) & inside
         negative = inside & (label[:, None] != columns[None, :])
     else:
@@ -64,7 +82,7 @@ def tile_dots(
 def log2_scale(scale):
     """log2(e) * scale as fp64; scale 0 keeps the order of the logits for d loss / d scale."""
     s = tl.load(scale).to(tl.float64)
-    return tl.where(s == 0.0, 1e-30, s) * LOG2E
+    return tl.where(tl.abs(s) < 1e-30, 1e-30, s) * LOG2E
 
 
 @triton.jit
@@ -92,12 +110,52 @@ def store_triple(part, field, at, shift, total, moment, mask):
 
 
 @triton.jit
+def piece_sums(
+    acc, factor, factor_low, shift, col_out, col_field, columns_left,
+    BLOCK_N: tl.constexpr, HAS_COLUMNS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Row sums and moments of a piece of a tile; its column triples go to col_out. Third: its least live column sum."""
+    x = exponents(acc, factor, factor_low, shift, WIDE)
+    e = tl.exp2(x)
+    moment = e * x
+    least = 1.0
+    if HAS_COLUMNS:
+        columns = tl.arange(0, BLOCK_N)
+        col_sum, col_moment = tl.sum(e, 0), tl.sum(moment, 0)
+        store_triple(col_out, col_field, columns, col_sum * 0 + shift, col_sum, col_moment, columns < columns_left)
+        least = tl.min(tl.where(columns < columns_left, col_sum, 1.0), 0)
+    return tl.sum(e, 1), tl.sum(moment, 1), least
+
+
+@triton.jit
+def tile_sums(
+    acc, factor, factor_low, shift, col_out, col_field, columns_left,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr, HAS_COLUMNS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """As `piece_sums`, for one piece of the columns after another: fewer exponentials live at once."""
+    if PIECES == 1:
+        return piece_sums(acc, factor, factor_low, shift, col_out, col_field, columns_left, BLOCK_N, HAS_COLUMNS, WIDE)
+    else:
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = column_halves(acc, BLOCK_M, BLOCK_N)
+        left_sum, left_moment, left_least = tile_sums(
+            left, factor, factor_low, shift, col_out, col_field, columns_left, BLOCK_M, HALF, PIECES // 2, HAS_COLUMNS,
+            WIDE,
+        )  # fmt: skip
+        right_sum, right_moment, right_least = tile_sums(
+            right, factor, factor_low, shift, col_out + HALF, col_field, columns_left - HALF, BLOCK_M, HALF,
+            PIECES // 2, HAS_COLUMNS, WIDE,
+        )  # fmt: skip
+        return left_sum + right_sum, left_moment + right_moment, tl.minimum(left_least, right_least)
+
+
+@triton.jit
 def info_nce_fwd_kernel(
     image, text, scale, image_norm, text_norm, labels, image_ids, text_ids, row_part, col_part, redo, positive,
     row_extra, col_extra, N, M, D, image_stride, text_stride, row0, num_m, num_n, first_part, row_field, col_field,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     HAS_LABELS: tl.constexpr, HAS_IDS: tl.constexpr, HAS_POSITIVE: tl.constexpr, HAS_COLUMNS: tl.constexpr,
-    HAS_EXTRAS: tl.constexpr, NORMALIZE: tl.constexpr, WIDE: tl.constexpr,
+    HAS_EXTRAS: tl.constexpr, NORMALIZE: tl.constexpr, WIDE: tl.constexpr, PIECES: tl.constexpr,
     TMA: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows row0 .. row0 + num_m BLOCK_M - 1 against all columns.
@@ -107,7 +165,11 @@ def info_nce_fwd_kernel(
     positive [N]: the similarity. row_extra, col_extra: (best, sum, number) of the negatives' x, laid out as the parts.
     """
     factor, factor_low = split_scale(scale)
-    sign = tl.where(factor < 0, -1.0, 1.0)
+    flipped = factor < 0
+    factor_low = tl.where(flipped, -factor_low, factor_low)
+    factor = tl.abs(factor)
+    # So far below any logit that its exponential is 0, and finite: its moment is 0 as well.
+    nowhere = tl.maximum(-1e18 / factor, -3e38)
     a = descriptor(image, N, D, image_stride, BLOCK_M, BLOCK_K, TMA)
     b = descriptor(text, M, D, text_stride, BLOCK_N, BLOCK_K, TMA)
     for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
@@ -118,33 +180,37 @@ def info_nce_fwd_kernel(
             NORMALIZE, TMA, EVEN_K, PRECISION, STAGES,
         )  # fmt: skip
         rows, columns = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
-        # Where every element is a negative (all tiles but the diagonal's and the edges', unless labels or ids are
-        # given) nothing is masked.
-        meets = HAS_POSITIVE & (m0 < n0 + BLOCK_N) & (n0 < m0 + BLOCK_M)
-        ragged = (m0 + BLOCK_M > N) | (n0 + BLOCK_N > M)
-        if (HAS_LABELS or HAS_IDS) | meets | ragged:
-            negative, is_positive = live_mask(
-                labels, image_ids, text_ids, rows, columns, N, M, HAS_LABELS, HAS_IDS, HAS_POSITIVE
-            )
-            if HAS_POSITIVE:
-                here = tl.max(is_positive.to(tl.int32), 1) > 0
-                tl.store(positive + rows, tl.sum(tl.where(is_positive, acc, 0.0), 1), mask=here)
-            acc = tl.where(negative, acc, float("-inf") * sign)
-        top = tl.max(tl.max(acc * sign, 1), 0) * tl.abs(factor)
-        shift = tl.floor(top + 0.5)
-        x = exponents(acc, factor, factor_low, shift, WIDE)
-        e = tl.exp2(x)
-        moment = tl.where(e == 0.0, 0.0, e * x)  # a masked element is 0 times minus infinity
-        row_sum, row_moment = tl.sum(e, 1), tl.sum(moment, 1)
+        # Most tiles meet no positive and no edge: nothing is masked there. Columns count from the tile's first, which
+        # makes masks of compares with constants; as one mask [BLOCK_M, BLOCK_N] they spilled 119 registers.
+        here_m, here_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+        if flipped:
+            acc = -acc
+        if HAS_POSITIVE:
+            label, meets = labels_within(labels, rows, N, m0, n0, BLOCK_M, BLOCK_N, HAS_LABELS)
+            if HAS_LABELS | meets:
+                is_positive = label[:, None] == here_n[None, :]
+                here = (label >= 0) & (label < BLOCK_N) & (rows < N)
+                own = tl.sum(tl.where(is_positive, acc, 0.0), 1)
+                tl.store(positive + rows, tl.where(flipped, -own, own), mask=here)
+                acc = tl.where(is_positive, nowhere, acc)
+        if HAS_IDS:
+            row_id = tl.load(image_ids + rows, mask=rows < N, other=0)
+            column_id = tl.load(text_ids + columns, mask=columns < M, other=0)
+            acc = tl.where(row_id[:, None] == column_id[None, :], nowhere, acc)
+        if m0 + BLOCK_M > N:
+            acc = tl.where((here_m < N - m0)[:, None], acc, nowhere)
+        if n0 + BLOCK_N > M:
+            acc = tl.where((here_n < M - n0)[None, :], acc, nowhere)
+        shift = tl.floor(tl.max(tl.max(acc, 1), 0) * factor + 0.5)
         row_at = (first_part + pn).to(tl.int64) * (num_m * BLOCK_M) + pm * BLOCK_M + tl.arange(0, BLOCK_M)
+        col_at = pm.to(tl.int64) * (num_n * BLOCK_N) + n0
+        row_sum, row_moment, least = tile_sums(
+            acc, factor, factor_low, shift, col_part + col_at, col_field, M - n0, BLOCK_M, BLOCK_N, PIECES, HAS_COLUMNS,
+            WIDE,
+        )  # fmt: skip
         everywhere = rows >= 0
         store_triple(row_part, row_field, row_at, row_sum * 0 + shift, row_sum, row_moment, everywhere)
-        least = tl.min(tl.where(rows < N, row_sum, 1.0), 0)
-        if HAS_COLUMNS:
-            col_sum, col_moment = tl.sum(e, 0), tl.sum(moment, 0)
-            col_at = pm.to(tl.int64) * (num_n * BLOCK_N) + columns
-            store_triple(col_part, col_field, col_at, col_sum * 0 + shift, col_sum, col_moment, columns < M)
-            least = tl.minimum(least, tl.min(tl.where(columns < M, col_sum, 1.0), 0))
+        least = tl.minimum(least, tl.min(tl.where(rows < N, row_sum, 1.0), 0))
         fits = (least >= LEAST_SUM) & (tl.abs(shift) < 1e6)
         tl.store(redo + pm.to(tl.int64) * num_n + pn, tl.where(fits, 0, 1).to(tl.int8))
         if HAS_EXTRAS:
@@ -346,23 +412,38 @@ def info_nce_sigmoid_kernel(
             NORMALIZE, TMA, EVEN_K, PRECISION, STAGES,
         )  # fmt: skip
         rows, columns = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
-        negative, is_positive = live_mask(
-            labels, image_ids, text_ids, rows, columns, N, M, HAS_LABELS, HAS_IDS, HAS_POSITIVE
-        )
-        x = acc * factor + offset
-        loss, slope = softplus_and_slope(tl.where(is_positive, -x, x))
-        live = negative | is_positive
-        slope = tl.where(live, tl.where(is_positive, -slope, slope), 0.0)
+        here_n = tl.arange(0, BLOCK_N)
+        label, meets = labels_within(labels, rows, N, m0, n0, BLOCK_M, BLOCK_N, HAS_LABELS)
+        y = acc * factor + offset
+        if HAS_POSITIVE & meets:
+            is_positive = label[:, None] == here_n[None, :]
+            here = (label >= 0) & (label < BLOCK_N) & (rows < N)
+            tl.store(positive + rows, tl.sum(tl.where(is_positive, acc, 0.0), 1), mask=here)
+            y = tl.where(is_positive, -y, y)
+        # So far down neither the loss nor its slope is anything.
+        if HAS_IDS:
+            row_id = tl.load(image_ids + rows, mask=rows < N, other=0)
+            column_id = tl.load(text_ids + columns, mask=columns < M, other=0)
+            equal = row_id[:, None] == column_id[None, :]
+            if HAS_POSITIVE:
+                equal = equal & (label[:, None] != here_n[None, :])
+            y = tl.where(equal, -1e18, y)
+        if m0 + BLOCK_M > N:
+            y = tl.where((rows < N)[:, None], y, -1e18)
+        if n0 + BLOCK_N > M:
+            y = tl.where((here_n < M - n0)[None, :], y, -1e18)
+        loss, slope = softplus_and_slope(y)
+        if HAS_POSITIVE & meets:
+            slope = tl.where(label[:, None] == here_n[None, :], -slope, slope)
         row_at = (first_part + pn).to(tl.int64) * (num_m * BLOCK_M) + pm * BLOCK_M + tl.arange(0, BLOCK_M)
         everywhere = rows >= 0
         store_triple(
-            row_part, row_field, row_at, tl.sum(slope, 1), tl.sum(tl.where(live, loss, 0.0), 1),
-            tl.sum(tl.where(live, slope * acc, 0.0), 1), everywhere,
-        )  # fmt: skip
-        if HAS_POSITIVE:
-            here = tl.max(is_positive.to(tl.int32), 1) > 0
-            tl.store(positive + rows, tl.sum(tl.where(is_positive, acc, 0.0), 1), mask=here)
+            row_part, row_field, row_at, tl.sum(slope, 1), tl.sum(loss, 1), tl.sum(slope * acc, 1), everywhere
+        )
         if HAS_EXTRAS:
+            negative, _ = live_mask(
+                labels, image_ids, text_ids, rows, columns, N, M, HAS_LABELS, HAS_IDS, HAS_POSITIVE
+            )
             best = tl.max(tl.where(negative, acc * factor * 1.4426950408889634, float("-inf")), 1)
             nothing = tl.zeros((BLOCK_M,), tl.float32)
             store_triple(row_extra, row_field, row_at, best, nothing, nothing, everywhere)

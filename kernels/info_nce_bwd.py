@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from limber_fast.kernels.common import descriptor, grouped_order
-from limber_fast.kernels.info_nce import exponents, live_mask, softplus_and_slope, split_scale, tile_dots
+from limber_fast.kernels.info_nce import exponents, labels_within, live_mask, softplus_and_slope, split_scale, tile_dots
 
 # Bits between the largest and the smallest log-sum-exp of a tile that one exponential can serve: 2^-60 .. 2^60 around
 # their middle, and a product of two factors below 2^-120 is no gradient.
@@ -107,15 +107,16 @@ def info_nce_ds_kernel(
                 if HAS_COLUMNS:
                     b = tl.load(col_grad + columns, mask=col_live, other=0.0) * inverse_unit
                 if SEPARATE:
+                    # The remainder goes to the weight: 32 numbers less a thread than three vectors of columns.
                     exponent = tl.load(row_state + rows, mask=row_live, other=0.0)
-                    remainder = tl.load(row_state + N + rows, mask=row_live, other=0.0)
-                    x = exponents(acc, factor, factor_low, exponent[:, None], WIDE)
-                    tile_g = tl.exp2(x - remainder[:, None]) * a[:, None]
+                    weight = weights_of(row_state, N, rows, row_live, a, exponent)
+                    e = tl.exp2(exponents(acc, factor, factor_low, exponent[:, None], WIDE))
+                    tile_g = e * weight[:, None]
                     if HAS_COLUMNS:
                         exponent = tl.load(col_state + columns, mask=col_live, other=0.0)
-                        remainder = tl.load(col_state + M + columns, mask=col_live, other=0.0)
-                        x = exponents(acc, factor, factor_low, exponent[None, :], WIDE)
-                        tile_g += tl.exp2(x - remainder[None, :]) * b[None, :]
+                        weight = weights_of(col_state, M, columns, col_live, b, exponent)
+                        e = tl.exp2(exponents(acc, factor, factor_low, exponent[None, :], WIDE))
+                        tile_g += e * weight[None, :]
                 else:
                     shift = tl.floor(0.5 * (low + high))
                     weight = weights_of(row_state, N, rows, row_live, a, shift)
@@ -129,19 +130,23 @@ def info_nce_ds_kernel(
                     tile_g -= (a * tl.load(row_state + 5 * N + rows, mask=row_live, other=0.0))[:, None]
                     if HAS_COLUMNS:
                         tile_g -= (b * tl.load(col_state + 5 * M + columns, mask=col_live, other=0.0))[None, :]
-                meets = HAS_POSITIVE & (m0 < n0 + BLOCK_N) & (n0 < m0 + BLOCK_M)
-                ragged = (m0 + BLOCK_M > N) | (n0 + BLOCK_N > M)
-                if (HAS_LABELS or HAS_IDS) | meets | ragged:
-                    negative, is_positive = live_mask(
-                        labels, image_ids, text_ids, rows, columns, N, M, HAS_LABELS, HAS_IDS, HAS_POSITIVE
-                    )
-                    tile_g = tl.where(negative, tile_g, 0.0)
-                    if HAS_POSITIVE:
+                # Columns count from the tile's first: compares with constants. A whole mask spilled.
+                here_m, here_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+                if HAS_IDS:
+                    row_id = tl.load(image_ids + rows, mask=row_live, other=0)
+                    column_id = tl.load(text_ids + columns, mask=col_live, other=0)
+                    tile_g = tl.where(row_id[:, None] == column_id[None, :], 0.0, tile_g)
+                if HAS_POSITIVE:
+                    label, meets = labels_within(labels, rows, N, m0, n0, BLOCK_M, BLOCK_N, HAS_LABELS)
+                    if meets:
+                        is_positive = label[:, None] == here_n[None, :]
                         own = at_positive(row_state, N, rows, row_live, a, smoothing)
-                        tile_g += tl.where(is_positive, own[:, None], 0.0)
+                        tile_g = tl.where(is_positive, own[:, None], tile_g)
                         if HAS_COLUMNS:
                             own = at_positive(col_state, M, columns, col_live, b, smoothing)
                             tile_g += tl.where(is_positive, own[None, :], 0.0)
+                if (m0 + BLOCK_M > N) | (n0 + BLOCK_N > M):
+                    tile_g = tl.where((here_m < N - m0)[:, None] & (here_n < M - n0)[None, :], tile_g, 0.0)
             if NORMALIZE:
                 row_norm = tl.load(image_norm + rows, mask=row_live, other=1.0)
                 col_norm = tl.load(text_norm + columns, mask=col_live, other=1.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -13,6 +13,7 @@ from limber_fast.kernels.info_nce_configs import choose
 from limber_fast.kernels.recording import Launch, recording
 
 N, PROGRAMS = 8192, 264
+STEP_N, STEP_D = 32768, (512, 768, 1024)
 TARGETS = ("sm_80", "sm_90")  # chips with a row in the table of tiles
 ARITHMETIC = {
     "bf16": (torch.bfloat16, "ieee"), "fp16": (torch.float16, "ieee"), "tf32": (torch.float32, "tf32"),
@@ -55,13 +56,13 @@ OPTIONS = (
 )  # fmt: skip
 
 
-def launches(target: str, options: Options, arithmetic: str) -> list[Launch]:
-    """What one forward and one backward pass launch."""
+def launches(target: str, options: Options, arithmetic: str, rows: int = N) -> list[Launch]:
+    """What one forward and one backward pass over rows x rows pairs launch."""
     dtype, precision = ARITHMETIC[arithmetic]
     capability = int(target[3:-1]), int(target[-1])
-    index = torch.arange(N, dtype=torch.int32)
+    index = torch.arange(rows, dtype=torch.int32)
     scale = torch.ones(())
-    image, text = (torch.empty(N, options.D, dtype=dtype) for _ in range(2))
+    image, text = (torch.empty(rows, options.D, dtype=dtype) for _ in range(2))
     extra = torch.empty(options.extra, options.D, dtype=dtype) if options.extra else None
     call = info_nce_launch.Call(
         image=image, text=text, extra=extra, scale=scale, bias=scale.clone(), labels=index if options.labels else None,
@@ -70,7 +71,7 @@ def launches(target: str, options: Options, arithmetic: str) -> list[Launch]:
         columns=options.symmetric, programs=PROGRAMS, precision=precision,
         config=choose(capability, dtype, precision, info_nce_launch.tma_can_read(image, text, extra)),
     )  # fmt: skip
-    gradient = torch.ones(N)
+    gradient = torch.ones(rows)
     with recording() as found:
         row, col, _, _ = info_nce_launch.info_nce_fwd(call, options.stats)
         info_nce_launch.info_nce_bwd(call, row, col, gradient, gradient if options.symmetric else None, need_image=True,
@@ -83,6 +84,17 @@ def cases(target: str) -> list[tuple[Case, Work]]:
     return list(_distinct(target)) if target in TARGETS else []
 
 
+def steps(target: str) -> dict[str, list[tuple[Case, Work]]]:
+    """Every launch of a forward and a backward pass on the tensor cores, in order, by the size of the problem."""
+    found = {}
+    for d in STEP_D if target in TARGETS else ():
+        plain = launches(target, Options("step", D=d), "bf16", STEP_N)
+        found[f"info_nce N={STEP_N} D={d} bf16"] = [
+            (one.case(one.kernel.__name__, one.kernel.__name__ in _PRODUCTS), work(one, "bf16")) for one in plain
+        ]
+    return found
+
+
 def _distinct(target: str) -> Iterator[tuple[Case, Work]]:
     seen = set()
     for options in OPTIONS:
@@ -90,14 +102,25 @@ def _distinct(target: str) -> Iterator[tuple[Case, Work]]:
             for launch in launches(target, options, arithmetic):
                 kernel = launch.kernel.__name__
                 # IEEE products of fp32 run on the FMA pipe.
-                case = launch.case(
-                    f"{kernel}/{options.name}-{arithmetic}", kernel in _PRODUCTS and arithmetic != "fp32"
-                )
+                case = launch.case(kernel, kernel in _PRODUCTS and arithmetic != "fp32")
                 key = (kernel, tuple(case.signature.items()), tuple(case.constants.items()), case.divisible,
                        case.num_warps, case.num_stages)  # fmt: skip
                 if key not in seen:
                     seen.add(key)
-                    yield case, work(launch, arithmetic)
+                    yield replace(case, name=_name(case, launch, options, arithmetic)), work(launch, arithmetic)
+
+
+def _name(case: Case, launch: Launch, options: Options, arithmetic: str) -> str:
+    """kernel/options-arithmetic, the tile and warps, and what else tells builds of one call apart."""
+    a, c = launch.arguments, launch.constants
+    parts = [f"{case.name}/{options.name}-{arithmetic}"]
+    blocks = [str(c[key]) for key in ("BLOCK_M", "BLOCK_N", "BLOCK_D", "BLOCK_K", "BLOCK") if key in c]
+    parts.append(f"{'x'.join(blocks)}w{case.num_warps}")
+    flags = {"SEPARATE": "separate", "HAS_COLUMN": "columns", "FIRST": "first"}
+    parts += [word for flag, word in flags.items() if c.get(flag)]
+    parts += ["negatives"] * (options.extra > 0 and c.get("HAS_POSITIVE") is False)
+    parts += [f"{key}=1" for key in a if key not in case.signature]  # specialised to a build of its own
+    return "-".join(parts)
 
 
 def work(launch: Launch, arithmetic: str) -> Work:

@@ -6,7 +6,8 @@ text tower where gradients are 16-bit, 4 bytes a row for the positives and 4 mor
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import triton
@@ -17,6 +18,7 @@ from limber_fast.kernels import info_nce_bwd as backward
 from limber_fast.kernels.info_nce_configs import Config, Tiles
 
 WORKSPACE = 64 << 20
+_SMALLEST_MACRO = 2048  # below it a macro-tile is the whole problem
 
 
 def tma_can_read(*towers: Tensor | None) -> bool:
@@ -91,9 +93,16 @@ class Call:
             "STAGES": tiles.stages, "num_warps": tiles.num_warps, "num_stages": tiles.stages,
         }  # fmt: skip
 
-    def tiles(self, usual: Tiles, extras: bool = False) -> Tiles:
-        options = extras or self.normalize or self.image_ids is not None or self.labels is not None
-        return self.config.narrow if options else usual
+    def forward_tiles(self, extras: bool) -> Tiles:
+        tiles = self.config.forward
+        if not self.sigmoid:
+            return self.config.narrow if extras else tiles
+        plain = not (extras or self.normalize or self.image_ids is not None or self.image.dtype == torch.float32)
+        return replace(tiles, num_warps=8) if plain else self.config.narrow
+
+    def crowded(self) -> bool:
+        """Whether dS has more beside its accumulator than four warps have registers for."""
+        return self.label_smoothing > 0 or (self.normalize and self.labels is not None)
 
     def grid(self, items: int) -> tuple[int]:
         return (max(1, min(items, self.programs)),)
@@ -115,7 +124,7 @@ def info_nce_fwd(call: Call, with_stats: bool) -> tuple[Tensor, Tensor, Tensor, 
     """States [6, N] and [6, M] as ops/info_nce_op.InfoNceState describes them, and the top-1 flags (or empty)."""
     n, m = call.image.shape[0], call.text.shape[0]
     extras = with_stats or call.label_smoothing > 0
-    tiles = call.tiles(call.config.forward, extras)
+    tiles = call.forward_tiles(extras)
     norms, positive = call.norms(), call.new(n)
     row, col = call.new(6, n), call.new(6, m) if call.columns else torch.zeros(6, m, device=call.image.device)
     row_extra, col_extra = (call.new(3, k if extras else 0) for k in (n, m if call.columns else 0))
@@ -153,7 +162,7 @@ def _band(
     col_extra: Tensor, row0: int, num_m: int, blocks: list[int], extras: bool,
 ) -> None:  # fmt: skip
     """Rows row0 .. row0 + num_m BLOCK_M - 1 against everything, merged into the running sums."""
-    tiles, parts = call.tiles(call.config.forward, extras), sum(blocks)
+    tiles, parts = call.forward_tiles(extras), sum(blocks)
     rows, width = num_m * tiles.BLOCK_M, blocks[0] * tiles.BLOCK_N
     row_part, col_part = call.new(3, parts, rows), call.new(3, num_m, width if call.columns else 0)
     row_more, col_more = (x.new_empty(x.shape if extras else (0,)) for x in (row_part, col_part))
@@ -176,9 +185,9 @@ def _band(
                     "redo": redo}  # fmt: skip
             forward.info_nce_fwd_kernel[grid](
                 **common, **side, positive=positive, row_extra=row_more, col_extra=col_more, GROUP=call.config.group,
-                HAS_EXTRAS=extras, WIDE=call.image.dtype == torch.float32, **product,
+                HAS_EXTRAS=extras, WIDE=call.image.dtype == torch.float32, PIECES=tiles.pieces, **product,
             )  # fmt: skip
-            forward.info_nce_redo_kernel[grid](**common, **side, **product)
+            forward.info_nce_redo_kernel[grid](**common, **side, **product | {"num_warps": 8})
         first += num_n
 
     def merge(
@@ -195,13 +204,35 @@ def _band(
         merge(col_part, col_more, col, col_extra, num_m, width, 0, call.text.shape[0])
 
 
+@lru_cache(maxsize=256)
+def macro_side(
+    n: int, m: int, d: int, size: int, accumulator: int, whole: int, dual: Tiles, programs: int
+) -> int:
+    """Rows and columns of a backward macro-tile: what fits in the workspace and leaves the fewest multiprocessors idle.
+
+    Counted in steps of the products' depth on the busiest multiprocessor: dS takes D / 2 of them a tile, the products
+    their depth; 60 and 176 more go to what surrounds a tile. At D = 768 a fixed 4096 left them idle 27% of the time.
+    """
+    sms, best = max(1, programs // 2), (float("inf"), whole)
+    for side in range(min(_SMALLEST_MACRO, triton.cdiv(max(n, m), whole) * whole), WORKSPACE, whole):
+        if side > _SMALLEST_MACRO and side * (side * size + d * accumulator) > WORKSPACE:
+            break
+        blocks = side // whole
+        items = 2 * side // dual.BLOCK_M * triton.cdiv(d, dual.BLOCK_N)
+        steps = triton.cdiv(blocks * blocks, sms) * (d // 2 + 60) + triton.cdiv(items, sms) * (side + 176)
+        best = min(best, (triton.cdiv(n, side) * triton.cdiv(m, side) * steps, side))
+        if side >= max(n, m):
+            break
+    return best[1]
+
+
 def info_nce_bwd(
     call: Call, row: Tensor, col: Tensor, row_grad: Tensor, col_grad: Tensor | None, *, need_image: bool,
     need_text: bool, need_extra: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of the towers that are wanted, in the towers' dtype."""
     n, d = call.image.shape
-    ds, dual, norms = call.tiles(call.config.ds), call.config.dual, call.norms()
+    ds, dual, norms = call.config.ds, call.config.dual, call.norms()
     grads = [row_grad, *([] if col_grad is None else [col_grad])]
     unit = torch.stack([g.abs().nan_to_num(0.0, 0.0).amax() for g in grads]).amax()
     unit = torch.where(unit > 0, unit, torch.ones_like(unit))
@@ -216,11 +247,10 @@ def info_nce_bwd(
         sums.append(out if direct or out is None else call.new(*columns.shape))
     d_image = torch.empty_like(call.image, memory_format=torch.contiguous_format) if need_image else None
 
-    tall = min(call.config.macro, triton.cdiv(n, ds.BLOCK_M) * ds.BLOCK_M)
+    whole = max(ds.BLOCK_M, ds.BLOCK_N, dual.BLOCK_M)
     widest = max(columns.shape[0] for columns, _ in call.sides())
-    whole = max(ds.BLOCK_N, dual.BLOCK_M)
-    wide = min(call.config.macro, triton.cdiv(widest, whole) * whole)
-    tall, wide = triton.cdiv(tall, whole) * whole, triton.cdiv(wide, whole) * whole
+    side = macro_side(n, widest, d, call.image.element_size(), 0 if direct else 4, whole, dual, call.programs)
+    tall, wide = (min(side, triton.cdiv(size, whole) * whole) for size in (n, widest))
     g = call.new(tall, wide, dtype=call.image.dtype)
     block = None if direct or not need_image else call.new(tall, d)
 
@@ -268,7 +298,7 @@ def _macro_tile(
     col_grad: Tensor | None, unit: Tensor, norm_unit: Tensor, g: Tensor, row0: int, column0: int, h: int, w: int,
 ) -> None:  # fmt: skip
     """Fills the workspace: the tiles that one exponential serves, then the others (normally none)."""
-    ds = call.tiles(call.config.ds)
+    ds = call.config.ds
     for separate in (False,) if call.sigmoid else (False, True):
         backward.info_nce_ds_kernel[call.grid(h // ds.BLOCK_M * (w // ds.BLOCK_N))](
             **call.towers(columns, norms), **call.selectors(), **call.flags(is_text), bias=call.bias, row_state=row,
@@ -276,5 +306,6 @@ def _macro_tile(
             norm_unit=norm_unit, g=g, row0=row0, column0=column0, num_m=h // ds.BLOCK_M, num_n=w // ds.BLOCK_N,
             g_stride=g.shape[1], smoothing=call.label_smoothing, GROUP=call.config.group,
             HAS_COLUMNS=call.columns and is_text, HAS_SMOOTHING=call.label_smoothing > 0, SIGMOID=call.sigmoid,
-            SEPARATE=separate, WIDE=call.image.dtype == torch.float32, **call.product(ds),
+            SEPARATE=separate, WIDE=call.image.dtype == torch.float32,
+            **call.product(replace(ds, num_warps=8) if separate or call.crowded() else ds),
         )  # fmt: skip

@@ -124,6 +124,23 @@ def test_loop_around_the_main_loop_is_found():
     assert sass.histogram(code.once) == {"MOV": 1, "EXIT": 1}
 
 
+def test_branches_are_taken_past_what_they_skip():
+    """But not past the main loop; a predicate among the operands makes a branch a choice, too."""
+    code = listing(
+        "MOV R1, R2", "@P0 BRA 0x40", *["FMUL R1, R1, R2"] * 2, *["HMMA.16816.F32 R0, R4"] * 6, "@P1 BRA 0x40",
+        "BRA P2, 0xe0", "MUFU.EX2 R1, R1", "BRA 0xf0", "FADD R1, R1, R2", "@P3 EXIT", "BRA 0x0", "SYNCS R1", "BRA 0x40",
+    )  # fmt: skip
+    found = sass.sections(code, ("HMMA",))
+    assert sass.histogram(found.main) == {"HMMA": 6, "BRA": 1}
+    assert sass.histogram(found.around) == {"MOV": 1, "BRA": 3, "FADD": 1, "EXIT": 1}
+    assert found.once == ()
+    assert sass.sections(code, ("HMMA",), idle=True).main == ()
+
+
+def test_no_way_means_all_of_it():
+    assert len(sass.shortest_way(listing("MOV R1, R2", "BRA 0x50", "MOV R1, R2"))) == 3
+
+
 def test_shortest_loop_counts_where_there_is_no_product():
     unrolled, single = ["FADD R1, R1, R2"] * 28, ["FADD R1, R1, R2"] * 7
     code = sass.sections(

@@ -12,8 +12,8 @@ from gpu import samples
 from limber_fast import cli
 from limber_fast.kernels import catalogue
 from limber_fast.kernels.catalogue import Work
-from limber_fast.report import modelled
-from limber_fast.report.aot import compile_case
+from limber_fast.report import bounds, modelled
+from limber_fast.report.aot import compile_case, sass
 from limber_fast.report.aot.chips import CHIPS
 
 CHIP = CHIPS["sm_90"]
@@ -30,12 +30,13 @@ def listed(monkeypatch):
 
     def put(*entries):
         monkeypatch.setattr(catalogue, "cases", lambda target: {"samples": list(entries)})
+        monkeypatch.setattr(catalogue, "steps", lambda target: {})
 
     return put
 
 
 def test_product_is_limited_by_the_tensor_cores():
-    found = modelled.bound(compile_case(samples.matmul(), "sm_90"), PRODUCT, CHIP)
+    found = bounds.bound(compile_case(samples.matmul(), "sm_90"), PRODUCT, CHIP)
     assert found.limiter == "tensor"
     assert found.floor == pytest.approx(PRODUCT.flops / CHIP.tensor.value)
     assert list(found.seconds.values()) == sorted(found.seconds.values(), reverse=True)
@@ -43,25 +44,25 @@ def test_product_is_limited_by_the_tensor_cores():
 
 
 def test_stream_is_limited_by_memory():
-    found = modelled.bound(compile_case(SUM, "sm_90"), STREAM, CHIP)
+    found = bounds.bound(compile_case(SUM, "sm_90"), STREAM, CHIP)
     assert (found.limiter, found.floor) == ("DRAM", 4e9 / CHIP.dram.value)
 
 
 def test_a_last_round_that_is_not_full_costs_a_round():
     build = compile_case(samples.matmul(), "sm_90")
     one_more = dataclasses.replace(PRODUCT, flops=PRODUCT.flops / TILES * (TILES + 1), programs=TILES + 1)
-    assert modelled.bound(build, one_more, CHIP).floor == pytest.approx(PRODUCT.flops / CHIP.tensor.value * 9 / 8)
+    assert bounds.bound(build, one_more, CHIP).floor == pytest.approx(PRODUCT.flops / CHIP.tensor.value * 9 / 8)
 
 
 @pytest.mark.parametrize(("dtype", "factor"), [("fp16", 1), ("tf32", 2), ("int8", 0.5)])
 def test_tensor_rate_depends_on_the_type(dtype, factor):
     build = compile_case(samples.matmul(), "sm_90")
-    found = modelled.bound(build, dataclasses.replace(PRODUCT, dtype=dtype), CHIP)
+    found = bounds.bound(build, dataclasses.replace(PRODUCT, dtype=dtype), CHIP)
     assert found.seconds["tensor"] == pytest.approx(factor * PRODUCT.flops / CHIP.tensor.value)
 
 
 def test_fp32_products_run_on_the_multiply_add_pipe():
-    found = modelled.bound(compile_case(samples.matmul(), "sm_90"), dataclasses.replace(PRODUCT, dtype="fp32"), CHIP)
+    found = bounds.bound(compile_case(samples.matmul(), "sm_90"), dataclasses.replace(PRODUCT, dtype="fp32"), CHIP)
     assert "tensor" not in found.seconds and found.limiter == "FP32"
     assert found.floor == pytest.approx(PRODUCT.flops / (256 * CHIP.sms * CHIP.clock.value))
 
@@ -71,7 +72,7 @@ def test_trips_follow_from_the_products_in_the_loop():
     build = compile_case(samples.matmul(), "sm_90")
     deeper = dataclasses.replace(PRODUCT, flops=2 * PRODUCT.flops)
     wrong = dataclasses.replace(PRODUCT, loop_trips=1)
-    issue = [modelled.bound(build, work, CHIP).seconds["issue"] for work in (PRODUCT, deeper, wrong)]
+    issue = [bounds.bound(build, work, CHIP).seconds["issue"] for work in (PRODUCT, deeper, wrong)]
     assert 1.8 < issue[1] / issue[0] < 2 and issue[2] == issue[0]
 
 
@@ -82,9 +83,35 @@ def test_limiter_that_is_only_assumed_says_so():
     assert (row["limiter"], row["limiter_source"]) == ("L2", "assumed")
 
 
+def test_serial_share_counts_what_surrounds_the_products():
+    """Twice the depth halves the weight of the same epilogue; no products, no share."""
+    build = compile_case(samples.matmul(), "sm_90")
+    deeper = dataclasses.replace(PRODUCT, flops=2 * PRODUCT.flops)
+    found = [bounds.bound(build, work, CHIP) for work in (PRODUCT, deeper)]
+    lost = [1 / one.serial - 1 for one in found]
+    assert 0 < found[0].serial < found[1].serial < 1 and lost[0] == pytest.approx(2 * lost[1])
+    assert bounds.bound(compile_case(SUM, "sm_90"), STREAM, CHIP).serial == 0
+
+
+def test_a_pass_adds_up_its_launches(listed, monkeypatch, tmp_path, capsys):
+    listed()
+    passes = {"pass N=1": [(samples.matmul("product"), PRODUCT)] * 3 + [(SUM, STREAM)]}
+    monkeypatch.setattr(catalogue, "steps", lambda target: passes)
+    assert cli.main(["bench", "--modelled", "sm_90", "-k", "N=1", "--output", str(tmp_path)]) == 0
+    assert "pass N=1: modelled lower bound, no GPU run" in capsys.readouterr().out
+    (found,) = json.loads((tmp_path / "modelled-sm_90.json").read_text())["steps"]
+    product, total, both = found["rows"]
+    floor = PRODUCT.flops / CHIP.tensor.value
+    assert product["launches"] == 3 and product["floor_s"] == pytest.approx(3 * floor)
+    assert product["overlapped"] == pytest.approx(1) and 0 < product["serial"] < 1
+    assert total["floor_s"] == pytest.approx(4e9 / CHIP.dram.value) and total["products_s"] == 0
+    assert both["floor_s"] == pytest.approx(product["floor_s"] + total["floor_s"])
+    assert both["overlapped"] == pytest.approx(product["products_s"] / both["floor_s"])
+
+
 def test_wide_accesses_to_shared_memory_take_their_words():
     def words(name: str) -> int:
-        return modelled._words(modelled.sass.Instruction(0, False, name, ""))
+        return bounds._words(sass.Instruction(0, False, name, ""))
 
     names = {
         "LDS": 1,

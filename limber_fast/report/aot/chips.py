@@ -34,6 +34,7 @@ class Chip:
         capability: what Triton's compiler takes: 90 compiles for sm_90a.
         tensor_instructions: the SASS mnemonics of products at the chip's full rate.
         tensor: 16-bit products; 8-bit ones are twice as fast, tf32 half.
+        l2: all that the programs ask for: the cache's own rate where every request reaches it, else the SMs' ports.
     """
 
     name: str
@@ -76,7 +77,7 @@ CHIPS = {
         clock=Rate(1.98e9, "datasheet"),
         tensor=Rate(798e12, "measured"),
         dram=Rate(3.0e12, "measured"),
-        l2=Rate(5.5e12, "assumed"),
+        l2=Rate(132 * 64 * 1.98e9, "assumed"),  # 64 bytes per cycle into each SM
         fp32_lanes=128,
     ),
     "sm_100": Chip(
@@ -89,7 +90,7 @@ CHIPS = {
         clock=Rate(1.965e9, "assumed"),
         tensor=Rate(2250e12, "datasheet"),
         dram=Rate(8.0e12, "datasheet"),
-        l2=Rate(11e12, "assumed"),
+        l2=Rate(148 * 64 * 1.965e9, "assumed"),
         fp32_lanes=128,
     ),
 }

@@ -12,6 +12,7 @@ from functools import cached_property
 _LINE = re.compile(
     r"^\s*/\*(?P<address>[0-9a-f]{4,})\*/\s+(?P<guard>@!?U?P\w+\s+)?(?P<text>[A-Z][^;]*?)\s*;", re.MULTILINE
 )
+_PLAIN_TARGET = re.compile(r"^(?:`?\(?\.?\w*\)?|)$")  # no predicate among the operands of a branch
 _TARGET = re.compile(r"\b0x([0-9a-f]+)\b")
 # HGMMA.64x128x16 names M, N, K of a warp group's product; HMMA.16816 those of a warp's: M 16, N 8, K the rest.
 _GROUP_SHAPE = re.compile(r"\.(\d+)x(\d+)x(\d+)\b")
@@ -37,6 +38,12 @@ class Instruction:
     def branch_target(self) -> int | None:
         found = _TARGET.search(self.operands) if self.opcode == "BRA" else None
         return int(found[1], 16) if found else None
+
+    @property
+    def falls_through(self) -> bool:
+        """Whether the next instruction can follow."""
+        always = not self.guarded and self.opcode in ("BRA", "EXIT") and _PLAIN_TARGET.match(self.operands) is not None
+        return not always
 
     def product_flops(self) -> float:
         """Operations per warp of a tensor-core instruction whose name says its shape, else 0."""
@@ -70,34 +77,77 @@ class Sections:
     once: tuple[Instruction, ...]
 
 
-def sections(instructions: Sequence[Instruction], tensor_opcodes: Sequence[str]) -> Sections:
+def sections(instructions: Sequence[Instruction], tensor_opcodes: Sequence[str], idle: bool = False) -> Sections:
     """Splits the code; what lies out of line behind the last exit is left out.
 
-    The main loop is the shortest that has the most tensor-core instructions. Without any it is the shortest of all: a
-    longer one may be an unrolled copy, which stands for several trips.
+    The main loop is the innermost that has the most tensor-core instructions. Without any it is the shortest of all: a
+    longer one may be an unrolled copy, which stands for several trips. Of the rest, only the way with the fewest
+    instructions counts: a branch over some of them is taken.
+
+    Args:
+        idle: the way need not lead through the main loop: programs that find nothing to do.
     """
-    exits = [i for i, one in enumerate(instructions) if one.opcode == "EXIT" and not one.guarded]
-    code = tuple(instructions[: exits[-1] + 1]) if exits else tuple(instructions)
+    code = _in_line(instructions)
     loops = [body for end in code if (body := _loop(code, end))]
     if not loops:
-        return Sections((), (), code)
+        return Sections((), (), shortest_way(code))
 
     def products(body: Sequence[Instruction]) -> int:
         return sum(one.opcode in tensor_opcodes for one in body)
 
-    most = max(map(products, loops))
-    main = min((body for body in loops if products(body) == most), key=len)
-    enclosing = [body for body in loops if len(body) > len(main) and _contains(body, main)] if most else []
+    # A loop around another with products has those of its peeled trips as well.
+    inner = [body for body in loops if not any(products(one) and _within(body, one) for one in loops)] or loops
+    most = max(map(products, inner))
+    main = min((body for body in inner if products(body) == most), key=len)
+    enclosing = [body for body in loops if _within(body, main)] if most else []
     outer = min(enclosing, key=len, default=main)
-    return Sections(main, _without(outer, main), _without(code, outer))
+    if idle and outer is not main:
+        return Sections((), shortest_way(outer), _ways_past(code, outer))
+    return Sections(main, _ways_past(outer, main), _ways_past(code, outer))
+
+
+def _in_line(instructions: Sequence[Instruction]) -> tuple[Instruction, ...]:
+    """Up to the last exit, and past a guarded one to the way back that its loop ends with."""
+    end = max((i for i, one in enumerate(instructions) if one.opcode == "EXIT"), default=len(instructions) - 1)
+    while end + 1 < len(instructions) and instructions[end].falls_through:
+        end += 1
+    return tuple(instructions[: end + 1])
+
+
+def shortest_way(code: Sequence[Instruction]) -> tuple[Instruction, ...]:
+    """From the first instruction to the last along forward branches, with the fewest instructions on it."""
+    if not code:
+        return ()
+    place = {one.address: i for i, one in enumerate(code)}
+    best: list[tuple[int, int]] = [(math.inf, -1)] * len(code)  # length so far, and whence
+    best[0] = (1, -1)
+    for i, one in enumerate(code[:-1]):
+        length = best[i][0] + 1
+        target = place.get(one.branch_target, -1)
+        for after in (i + 1 if one.falls_through else -1, target):
+            if after > i and length < best[after][0]:
+                best[after] = (length, i)
+    if best[-1][0] == math.inf:
+        return tuple(code)
+    way, i = [], len(code) - 1
+    while i >= 0:
+        way.append(code[i])
+        i = best[i][1]
+    return tuple(reversed(way))
+
+
+def _ways_past(code: Sequence[Instruction], part: Sequence[Instruction]) -> tuple[Instruction, ...]:
+    """The shortest ways from the start of `code` to `part` and from there to its end, without `part` itself."""
+    start, end = (next(i for i, one in enumerate(code) if one.address == part[at].address) for at in (0, -1))
+    return shortest_way(code[: start + 1])[:-1] + shortest_way(code[end:])[1:]
+
+
+def _within(outer: Sequence[Instruction], inner: Sequence[Instruction]) -> bool:
+    return len(inner) < len(outer) and _contains(outer, inner)
 
 
 def _contains(outer: Sequence[Instruction], inner: Sequence[Instruction]) -> bool:
     return outer[0].address <= inner[0].address and inner[-1].address <= outer[-1].address
-
-
-def _without(code: Sequence[Instruction], part: Sequence[Instruction]) -> tuple[Instruction, ...]:
-    return tuple(one for one in code if not part[0].address <= one.address <= part[-1].address)
 
 
 def _loop(code: Sequence[Instruction], end: Instruction) -> tuple[Instruction, ...]:
