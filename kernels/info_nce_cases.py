@@ -14,7 +14,7 @@ from limber_fast.kernels.recording import Launch, recording
 
 N, PROGRAMS = 8192, 264
 STEP_N, STEP_D = 32768, (512, 768, 1024)
-TARGETS = ("sm_80", "sm_90")  # chips with a row in the table of tiles
+TARGETS = ("sm_80", "sm_90", "sm_100")
 ARITHMETIC = {
     "bf16": (torch.bfloat16, "ieee"), "fp16": (torch.float16, "ieee"), "tf32": (torch.float32, "tf32"),
     "fp32": (torch.float32, "ieee"),
@@ -68,7 +68,7 @@ def launches(target: str, options: Options, arithmetic: str, rows: int = N) -> l
         image=image, text=text, extra=extra, scale=scale, bias=scale.clone(), labels=index if options.labels else None,
         image_ids=index if options.ids else None, text_ids=index.clone() if options.ids else None,
         label_smoothing=options.smoothing, normalize=options.normalize, sigmoid=options.sigmoid,
-        columns=options.symmetric, programs=PROGRAMS, precision=precision,
+        columns=options.symmetric, programs=PROGRAMS, sms=PROGRAMS // 2, precision=precision,
         config=choose(capability, dtype, precision, info_nce_launch.tma_can_read(image, text, extra)),
     )  # fmt: skip
     gradient = torch.ones(rows)
@@ -119,6 +119,7 @@ def _name(case: Case, launch: Launch, options: Options, arithmetic: str) -> str:
     flags = {"SEPARATE": "separate", "HAS_COLUMN": "columns", "FIRST": "first"}
     parts += [word for flag, word in flags.items() if c.get(flag)]
     parts += ["negatives"] * (options.extra > 0 and c.get("HAS_POSITIVE") is False)
+    parts += ["parts/16"] * ("parts" in case.divisible)
     parts += [f"{key}=1" for key in a if key not in case.signature]  # specialised to a build of its own
     return "-".join(parts)
 

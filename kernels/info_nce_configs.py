@@ -30,7 +30,8 @@ class Tiles:
 class Config:
     """Tiles of the forward (redone tiles included), of dS and of the two products.
 
-    `narrow` replaces the forward's where statistics or smoothing keep more values beside the accumulator.
+    `narrow` replaces the first two where options (statistics, smoothing, labels with norms) keep more values beside the
+    accumulator.
     """
 
     forward: Tiles
@@ -58,7 +59,7 @@ _BLACKWELL_16 = Config(
     forward=Tiles(128, 64, 64, 8, 4),
     ds=Tiles(128, 64, 64, 8, 4),
     dual=Tiles(128, 128, 64, 8, 4),
-    narrow=Tiles(128, 64, 64, 8, 3),
+    narrow=Tiles(128, 32, 64, 8, 4),
     tma=True,
 )
 _AMPERE_16 = Config(
@@ -72,6 +73,9 @@ _AMPERE_16 = Config(
 # Rows that are not whole 16 bytes, on any chip: the masks of such loads take the registers of half a tile (at
 # 128 x 128 the products spill 1 to 7).
 _RAGGED_16 = replace(_AMPERE_16, ds=Tiles(128, 128, 32, 8, 4), dual=Tiles(128, 64, 32, 8, 4))
+_RAGGED_BLACKWELL_16 = replace(
+    _RAGGED_16, forward=Tiles(128, 32, 32, 8, 4), ds=Tiles(128, 32, 32, 8, 4), narrow=Tiles(128, 32, 32, 8, 4)
+)
 # fp32 operands are twice the bytes: half the K per stage. On sm_90 dS spills 34 registers at 128 x 128.
 _TF32 = Config(
     forward=Tiles(128, 128, 32, 8, 3),
@@ -88,16 +92,28 @@ _IEEE = Config(
     narrow=Tiles(64, 32, 16, 4, 2),
     tma=False,
 )
+# Tensor memory again: at the tiles above tf32 spills up to 318 registers, and dS of ragged fp32 rows 22.
+_TF32_BLACKWELL = Config(
+    forward=Tiles(128, 64, 32, 8, 3),
+    ds=Tiles(128, 32, 32, 8, 3),
+    dual=Tiles(128, 64, 32, 8, 3),
+    narrow=Tiles(128, 32, 32, 8, 3),
+    tma=False,
+)
+_RAGGED_IEEE_BLACKWELL = replace(_IEEE, ds=Tiles(64, 64, 16, 8, 2))
 
 
 def choose(capability: tuple[int, int], dtype: torch.dtype, precision: str, aligned: bool) -> Config:
     """The row for a chip (compute capability), the towers' dtype, for fp32 'ieee' or 'tf32', and whether TMA can read
     the towers (rows and pointers of whole 16 bytes).
     """
+    blackwell = capability[0] >= 10
+    if dtype == torch.float32 and precision == "tf32":
+        return _TF32_BLACKWELL if blackwell else _TF32
     if dtype == torch.float32:
-        return _TF32 if precision == "tf32" else _IEEE
+        return _RAGGED_IEEE_BLACKWELL if blackwell and not aligned else _IEEE
     if not aligned:
-        return _RAGGED_16
-    if capability[0] >= 10:
+        return _RAGGED_BLACKWELL_16 if blackwell else _RAGGED_16
+    if blackwell:
         return _BLACKWELL_16
-    return _HOPPER_16 if capability[0] >= 9 else _AMPERE_16
+    return _HOPPER_16 if capability[0] == 9 else _AMPERE_16

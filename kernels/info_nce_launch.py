@@ -34,7 +34,7 @@ class Call:
         image: [N, D], text: [M, D], extra: [K, D] or None: rows of any stride, contiguous in D.
         scale, bias: fp32 tensors with one element.
         labels, image_ids, text_ids: int32 or None.
-        programs: how many programs a persistent kernel starts at most.
+        programs: how many programs a persistent kernel starts at most. sms: multiprocessors, for the macro-tiles.
         precision: of fp32 products, 'ieee' or 'tf32'.
     """
 
@@ -52,6 +52,7 @@ class Call:
     columns: bool
     config: Config
     programs: int
+    sms: int
     precision: str
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -100,9 +101,10 @@ class Call:
         plain = not (extras or self.normalize or self.image_ids is not None or self.image.dtype == torch.float32)
         return replace(tiles, num_warps=8) if plain else self.config.narrow
 
-    def crowded(self) -> bool:
-        """Whether dS has more beside its accumulator than four warps have registers for."""
-        return self.label_smoothing > 0 or (self.normalize and self.labels is not None)
+    def ds_tiles(self) -> Tiles:
+        # What these keep beside the accumulator spills at the usual tile.
+        crowded = self.label_smoothing > 0 or (self.normalize and self.labels is not None)
+        return self.config.narrow if crowded else self.config.ds
 
     def grid(self, items: int) -> tuple[int]:
         return (max(1, min(items, self.programs)),)
@@ -115,7 +117,7 @@ class Call:
                 n, d = x.shape
                 norm = found[id(x)] = self.new(n)
                 forward.info_nce_norm_kernel[(triton.cdiv(n, 32),)](
-                    x, norm, n, d, x.stride(0), BLOCK_M=32, BLOCK_D=min(256, triton.next_power_of_2(d))
+                    x, norm, n, d, x.stride(0), BLOCK_M=32, BLOCK_D=min(128, triton.next_power_of_2(d))
                 )
         return found
 
@@ -206,14 +208,14 @@ def _band(
 
 @lru_cache(maxsize=256)
 def macro_side(
-    n: int, m: int, d: int, size: int, accumulator: int, whole: int, dual: Tiles, programs: int
+    n: int, m: int, d: int, size: int, accumulator: int, whole: int, dual: Tiles, sms: int
 ) -> int:
     """Rows and columns of a backward macro-tile: what fits in the workspace and leaves the fewest multiprocessors idle.
 
     Counted in steps of the products' depth on the busiest multiprocessor: dS takes D / 2 of them a tile, the products
     their depth; 60 and 176 more go to what surrounds a tile. At D = 768 a fixed 4096 left them idle 27% of the time.
     """
-    sms, best = max(1, programs // 2), (float("inf"), whole)
+    best = (float("inf"), whole)
     for side in range(min(_SMALLEST_MACRO, triton.cdiv(max(n, m), whole) * whole), WORKSPACE, whole):
         if side > _SMALLEST_MACRO and side * (side * size + d * accumulator) > WORKSPACE:
             break
@@ -232,7 +234,7 @@ def info_nce_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of the towers that are wanted, in the towers' dtype."""
     n, d = call.image.shape
-    ds, dual, norms = call.config.ds, call.config.dual, call.norms()
+    ds, dual, norms = call.ds_tiles(), call.config.dual, call.norms()
     grads = [row_grad, *([] if col_grad is None else [col_grad])]
     unit = torch.stack([g.abs().nan_to_num(0.0, 0.0).amax() for g in grads]).amax()
     unit = torch.where(unit > 0, unit, torch.ones_like(unit))
@@ -249,7 +251,7 @@ def info_nce_bwd(
 
     whole = max(ds.BLOCK_M, ds.BLOCK_N, dual.BLOCK_M)
     widest = max(columns.shape[0] for columns, _ in call.sides())
-    side = macro_side(n, widest, d, call.image.element_size(), 0 if direct else 4, whole, dual, call.programs)
+    side = macro_side(n, widest, d, call.image.element_size(), 0 if direct else 4, whole, dual, call.sms)
     tall, wide = (min(side, triton.cdiv(size, whole) * whole) for size in (n, widest))
     g = call.new(tall, wide, dtype=call.image.dtype)
     block = None if direct or not need_image else call.new(tall, d)
@@ -298,7 +300,7 @@ def _macro_tile(
     col_grad: Tensor | None, unit: Tensor, norm_unit: Tensor, g: Tensor, row0: int, column0: int, h: int, w: int,
 ) -> None:  # fmt: skip
     """Fills the workspace: the tiles that one exponential serves, then the others (normally none)."""
-    ds = call.config.ds
+    ds = call.ds_tiles()
     for separate in (False,) if call.sigmoid else (False, True):
         backward.info_nce_ds_kernel[call.grid(h // ds.BLOCK_M * (w // ds.BLOCK_N))](
             **call.towers(columns, norms), **call.selectors(), **call.flags(is_text), bias=call.bias, row_state=row,
@@ -307,5 +309,5 @@ def _macro_tile(
             g_stride=g.shape[1], smoothing=call.label_smoothing, GROUP=call.config.group,
             HAS_COLUMNS=call.columns and is_text, HAS_SMOOTHING=call.label_smoothing > 0, SIGMOID=call.sigmoid,
             SEPARATE=separate, WIDE=call.image.dtype == torch.float32,
-            **call.product(replace(ds, num_warps=8) if separate or call.crowded() else ds),
+            **call.product(replace(ds, num_warps=8) if separate else ds),
         )  # fmt: skip

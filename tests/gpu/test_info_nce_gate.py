@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from limber_fast.backends.triton import device
 from limber_fast.kernels import info_nce_cases
 from limber_fast.kernels.info_nce_configs import Tiles
 from limber_fast.kernels.info_nce_launch import WORKSPACE, macro_side
@@ -45,7 +47,7 @@ def test_the_work_of_a_step_is_eight_products():
 def test_macro_tiles_fit_and_fill_the_chip(n, m, d):
     """G and the block of d_image's accumulator within the workspace; at most 5% of the products' last wave idle."""
     tiles, sms = Tiles(128, 256, 64, 8, 4), 132
-    side = macro_side(n, m, d, 2, 4, 128, tiles, 2 * sms)
+    side = macro_side(n, m, d, 2, 4, 128, tiles, sms)
     assert side % 128 == 0 and side * (2 * side + 4 * d) <= WORKSPACE
     if n == m == 32768:
         items = 2 * side // tiles.BLOCK_M * (d // tiles.BLOCK_N)
@@ -59,3 +61,15 @@ def test_steps_are_whole_passes(target):
         flops = sum(work.flops for _, work in launches)
         exact = 8 * info_nce_cases.STEP_N**2 * d
         assert exact <= flops < 1.001 * exact
+
+
+@pytest.mark.parametrize(
+    ("capability", "refused"),
+    [((7, 5), "needs compute capability 8.0"), ((8, 0), None), ((9, 0), None), ((10, 0), None), ((10, 3), None),
+     ((12, 0), "no tiles for compute capability 12.0")],
+)  # fmt: skip
+def test_chips_without_tiles_are_refused(monkeypatch, capability, refused):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda where: capability)
+    said = device.refusal(torch.device("cuda"), torch.bfloat16)
+    assert said is None if refused is None else refused in said

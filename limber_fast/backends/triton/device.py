@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from limber_fast import __version__
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OLDEST, NEWEST = (8, 0), (9, 9)
+OLDEST, NEWEST = (8, 0), (10, 9)
 # Two programs a multiprocessor: while one waits at its epilogue the other keeps the tensor cores busy.
 PROGRAMS_PER_SM = 2
 
@@ -21,7 +23,8 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     if capability < OLDEST:
         return f"needs compute capability 8.0 or newer; this device has {capability[0]}.{capability[1]}"
     if capability > NEWEST:
-        return f"has no tiles for compute capability {capability[0]}.{capability[1]} yet: those of 9.0 spill there"
+        found = f"{capability[0]}.{capability[1]}"
+        return f"has no tiles for compute capability {found} yet: those of 10.x need tensor memory"
     try:
         import triton  # noqa: F401
     except ImportError as error:
@@ -33,6 +36,18 @@ def chip(device: torch.device) -> tuple[tuple[int, int], int]:
     """Compute capability, and how many programs a persistent kernel starts."""
     properties = torch.cuda.get_device_properties(device)
     return (properties.major, properties.minor), PROGRAMS_PER_SM * properties.multi_processor_count
+
+
+def may_time(device: torch.device) -> bool:
+    """Whether launches can be timed now: not while a CUDA graph records them."""
+    return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+
+
+def versions(device: torch.device) -> str:
+    """What a timing is good for: the GPU, and who compiled the kernels."""
+    import triton
+
+    return f"{torch.cuda.get_device_name(device)}, triton {triton.__version__}, limber_fast {__version__}"
 
 
 def precision() -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from limber_fast.backends.triton import device
+from limber_fast.backends.triton import device, tuning
 from limber_fast.ops.info_nce import InfoNceState
 
 
@@ -27,12 +28,48 @@ def _call(
     aligned = info_nce_launch.tma_can_read(image, text, extra)
     config = info_nce_configs.choose(capability, image.dtype, precision, aligned)
     device.prepare(config.tma)
-    return info_nce_launch.Call(
+    call = info_nce_launch.Call(
         image=image, text=text, extra=extra, scale=logit_scale,
         bias=torch.zeros_like(logit_scale) if logit_bias is None else logit_bias, labels=labels, image_ids=image_ids,
         text_ids=text_ids, label_smoothing=label_smoothing, normalize=normalize, sigmoid=variant == "sigmoid",
-        columns=columns, config=config, programs=programs, precision=precision,
+        columns=columns, config=config, programs=programs,
+        sms=max(1, programs // device.PROGRAMS_PER_SM), precision=precision,
     )  # fmt: skip
+    return _tuned(call) if tuning.asked() and device.may_time(image.device) else call
+
+
+def _tuned(call: Any) -> Any:
+    """The call with as many programs a multiprocessor as were fastest here; the table's is one of the candidates.
+
+    The number of programs changes no build and no bit of a result.
+    """
+    from limber_fast.kernels import info_nce_launch
+
+    table = call.programs
+
+    def with_programs(name: str) -> Any:
+        return replace(call, programs=max(1, int(table * float(name))))
+
+    def measure(name: str) -> float:
+        from triton.testing import do_bench
+
+        timed = with_programs(name)
+
+        def step() -> None:
+            row, col, _, _ = info_nce_launch.info_nce_fwd(timed, False)
+            info_nce_launch.info_nce_bwd(timed, row, col, gradient, gradient_of_columns, need_image=True,
+                                         need_text=True, need_extra=call.extra is not None)  # fmt: skip
+
+        return do_bench(step)
+
+    sizes = [1 << (len(x) - 1).bit_length() for x in (call.image, call.text)]
+    gradient = torch.full((len(call.image),), 1 / len(call.image), device=call.image.device)
+    gradient_of_columns = torch.full((len(call.text),), 1 / len(call.text), device=call.image.device)
+    gradient_of_columns = gradient_of_columns if call.columns else None
+    options = (call.sigmoid, call.normalize, call.columns)
+    problem = (call.image.dtype, call.precision, *sizes, call.image.shape[1], *options)
+    key = f"info_nce {device.versions(call.image.device)}: {', '.join(map(str, problem))}"
+    return with_programs(tuning.choose(key, ("1.0", "0.5", "2.0"), measure))
 
 
 def info_nce_fwd(
