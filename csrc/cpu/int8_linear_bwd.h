@@ -12,7 +12,7 @@ class Int8LinearBackward {
  public:
   explicit Int8LinearBackward(const Int8LinearParams& params)
       : p(params),
-        rows_(p.M, p.N, 2, p.threads),
+        rows_(p.M, p.N, 2, p.threads, CHUNK),
         width_(round_up(p.K, INT8_K_STEP)),
         blocks_(ceil_div(p.K, BLOCK)),
         group_(std::clamp<int64_t>(blocks_ / (p.threads * 4), 1, GROUP)) {}
@@ -49,7 +49,8 @@ class Int8LinearBackward {
   }
 
  private:
-  static constexpr int64_t GROUP = 8;
+  // Blocks of columns and rows of the weight whose panels lie in L2 together.
+  static constexpr int64_t GROUP = 8, CHUNK = 2048;
 
   void load_row(int64_t m, float* to) const {
     const char* grad = (const char*)p.grad + m * p.grad_stride * size_of(p.dtype);

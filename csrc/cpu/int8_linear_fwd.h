@@ -34,7 +34,7 @@ class Int8LinearForward {
           },
           p.eight_bits ? p.outlier_threshold : 0);
       Int8Epilogue epilogue(outputs, rows_);
-      Buffer<int32_t> sums((whole_ ? 32 : group_ * rows_.most_rows()) * BLOCK);
+      Buffer<int32_t> sums((whole_ ? 1 : group_) * rows_.most_rows() * BLOCK);
 #pragma omp for schedule(dynamic, 1)
       for (int64_t first = 0; first < blocks_; first += group_)
         for (const auto& block : rows_.blocks())
@@ -45,11 +45,15 @@ class Int8LinearForward {
   }
 
  private:
+  // With this many strips tiles take the block in steps along K that stay in L1: 10.4 instead of 14.3 ms at M = 256,
+  // for tiles of A and B that both come from L2 reach 54% of the peak, with B in L1 75%. With fewer it does not pay.
+  static constexpr int64_t L1_STEP = 512, FEW_STRIPS = 4;
+
   const int8_t* weights(int64_t block, int64_t k) const { return p.packed + (block * rows_.padded + k) * BLOCK; }
 
   void multiply(int64_t b, int64_t in_group, const Int8Rows::RowBlock& rows, int64_t k, Int8Epilogue& epilogue,
                 int32_t* sums) const {
-    const int64_t count = std::min(rows_.chunk(), rows_.padded - k), bytes = count * BLOCK;
+    const int64_t count = std::min(rows_.chunk(), rows_.padded - k);
     const int8_t *B = weights(b, k), *next = weights(std::min(b + 1, blocks_ - 1), k);
     const bool last = k + count == rows_.padded;
     if (last) epilogue.begin(b, [&](int64_t i, int c) { return weights(b, 0)[i / 4 * BLOCK_GROUP + 4 * c + i % 4]; });
@@ -57,16 +61,20 @@ class Int8LinearForward {
     int64_t shares = rows.strips;
     if (!rows_.tiles)
       for (shares = 2; 2 * shares <= rows.strips;) shares *= 2;
-    const int64_t share = round_up(ceil_div(bytes, shares), 64);
-    for (int64_t s = 0; s < rows.strips; s++) {
-      const Int8Rows::Strip& strip = rows_.strips()[rows.strip + s];
-      int32_t* to = sums + (whole_ ? 0 : (in_group * rows_.most_rows() + strip.row) * BLOCK);
-      const Ahead kind = rows.strips == 1 && !rows_.tiles ? Ahead::own_block
-                         : s < shares                     ? Ahead::next_block
-                                                          : Ahead::none;
-      int8_product(rows_, strip, rows_.panel(rows, strip, k, count), B, count, to, k > 0, kind, next + s * share,
-                   share);
-      if (last) epilogue.finish(strip, to);
+    sums += whole_ ? 0 : in_group * rows_.most_rows() * BLOCK;
+    const int64_t step = rows_.tiles && rows.strips >= FEW_STRIPS ? std::min(L1_STEP, count) : count;
+    for (int64_t i = 0; i < count; i += step) {
+      const int64_t part = std::min(step, count - i), share = round_up(ceil_div(part * BLOCK, shares), 64);
+      const bool done = last && i + part == count;
+      for (int64_t s = 0; s < rows.strips; s++) {
+        const Int8Rows::Strip& strip = rows_.strips()[rows.strip + s];
+        const Ahead kind = rows.strips == 1 && !rows_.tiles ? Ahead::own_block
+                           : s < shares                     ? Ahead::next_block
+                                                            : Ahead::none;
+        int8_product(rows_, strip, rows_.panel(rows, strip, k, count) + i * strip.rows, B + i * BLOCK, part,
+                     sums + strip.row * BLOCK, k + i > 0, kind, next + i * BLOCK + s * share, share);
+        if (done) epilogue.finish(strip, sums + strip.row * BLOCK);
+      }
     }
   }
 

@@ -26,7 +26,7 @@ class Int8Rows {
     int64_t strip, strips, row, rows;
   };
 
-  Int8Rows(int64_t M, int64_t K, int digits, int threads)
+  Int8Rows(int64_t M, int64_t K, int digits, int threads, int64_t longest_chunk = MOST_REDUCED)
       : M(M),
         K(K),
         padded(round_up(K, INT8_K_STEP)),
@@ -53,8 +53,8 @@ class Int8Rows {
       blocks_.push_back(block);
       most_rows_ = std::max(most_rows_, block.rows);
     }
-    chunk_ = std::min(padded,
-                      std::max<int64_t>(L2_BYTES / std::max<int64_t>(most_rows_, 1) / INT8_K_STEP, 16) * INT8_K_STEP);
+    const int64_t fits = L2_BYTES / std::max<int64_t>(most_rows_, 1) / INT8_K_STEP * INT8_K_STEP;
+    chunk_ = std::min({padded, longest_chunk, std::max<int64_t>(fits, 1024)});
     // 4 KiB pages do not spread over the sets of L2 evenly: large panels start on huge pages.
     const int64_t bytes = row_count_ * padded;
     panels_ = Buffer<uint8_t>(bytes < 1 << 18 ? bytes : std::max<int64_t>(bytes, 2 * HUGE_PAGE));
@@ -99,6 +99,7 @@ class Int8Rows {
   const bool tiles;
 
  private:
+  // Rows of digits of a row block, and what a chunk of its panels may take of L2.
   static constexpr int64_t ROWS = 512, L2_BYTES = 1 << 20;
 #if defined(LIMBER_ISA_AMX)
   static constexpr int TILES_FROM = 9;  // rows of digits; below, dot products keep up with memory
