@@ -30,6 +30,7 @@ class Trial:
         bytes: what it must at least read and write: inputs and outputs.
         skipped: baselines that do not run here, with the reason.
         bound: 'flops' or 'bytes', the ceiling that the row is held against.
+        arithmetic: of the products, where it is not the row's dtype: 'int8'.
     """
 
     ours: Callable[[], Any]
@@ -41,6 +42,7 @@ class Trial:
     bytes: float
     skipped: dict[str, str] = field(default_factory=dict)
     bound: str = "flops"
+    arithmetic: str = ""
 
 
 @dataclass(frozen=True, eq=False)

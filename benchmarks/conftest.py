@@ -42,9 +42,9 @@ def compare(
         backend, isa = _choose(workload, monkeypatch)
         limits = request.getfixturevalue("ceilings")
         properties.append(("ceilings", limits.facts()))
-        ceiling, flop_per_s = limits.peak(workload.device, isa, workload.dtype)
         budget = float(request.config.getoption("benchmark_max_time"))
         trial = workload.prepare(workload)
+        ceiling, flop_per_s = limits.peak(workload.device, isa, trial.arithmetic or workload.dtype)
         columns = measure(trial, workload.device, benchmark, budget, workload.fewest_rounds)
         row |= {"backend": backend, "isa": isa, "threads": limits.threads, **columns}
         if "warm_s" in row and trial.bound == "bytes":

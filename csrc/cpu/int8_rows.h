@@ -53,7 +53,9 @@ class Int8Rows {
       blocks_.push_back(block);
       most_rows_ = std::max(most_rows_, block.rows);
     }
-    const int64_t fits = L2_BYTES / std::max<int64_t>(most_rows_, 1) / INT8_K_STEP * INT8_K_STEP;
+    // Beside the rows, tiles find this block of the weight in L2 and the next one on its way there.
+    const int64_t width = std::max<int64_t>(most_rows_ + (tiles ? 2 * BLOCK : 0), 1);
+    const int64_t fits = L2_BYTES / width / INT8_K_STEP * INT8_K_STEP;
     chunk_ = std::min({padded, longest_chunk, std::max<int64_t>(fits, 1024)});
     // 4 KiB pages do not spread over the sets of L2 evenly: large panels start on huge pages.
     const int64_t bytes = row_count_ * padded;
@@ -99,8 +101,8 @@ class Int8Rows {
   const bool tiles;
 
  private:
-  // Rows of digits of a row block, and what a chunk of its panels may take of L2.
-  static constexpr int64_t ROWS = 512, L2_BYTES = 1 << 20;
+  static constexpr int64_t ROWS = 512,
+                           L2_BYTES = 5 << 18;  // rows of digits of a row block; what a chunk may take of L2
 #if defined(LIMBER_ISA_AMX)
   static constexpr int TILES_FROM = 9;  // rows of digits; below, dot products keep up with memory
 #else

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import cases
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -64,7 +63,9 @@ def test_powers_of_two_pass_through(engine, m, n, k, seed, shift):
 def test_epilogue_is_gelu_of_the_sum_plus_the_residual(engine, m, n, k, seed):
     x, weight, bias = _call(m, n, k, seed, 0)
     residual = torch.randn(m, n, generator=torch.Generator().manual_seed(seed + 2))
-    bare = int8_linear(x, weight, backend=engine).double() + bias.double()
-    expected = torch.nn.functional.gelu(bare, approximate="tanh") + residual
+    product = int8_linear(x, weight, backend=engine).double()
+    expected = torch.nn.functional.gelu(product + bias, approximate="tanh") + residual
     found = int8_linear(x, weight, bias, activation="gelu_new", residual=residual, backend=engine)
-    assert max(cases.errors(found, expected)) <= 1e-6
+    # Of the terms, which may cancel.
+    size = torch.stack([product.abs().max(), bias.abs().max(), residual.abs().max()]).max()
+    assert (found - expected).abs().max() <= 1e-6 * size
