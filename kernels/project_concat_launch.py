@@ -122,10 +122,11 @@ def through_norm(
     prompts = p.new(rows, e)
     project(p, prompts, torch.arange(rows, device=prompts.device))
     programs = max(1, min(rows, programs))
+    # 4 warps spill two registers on sm_100 under Triton 3.6.
     weight_part, bias_part = (p.new(programs, e if parts else 0, dtype=torch.float32) for _ in range(2))
     kernels.project_concat_norm_bwd_kernel[(programs,)](
         grad, places, prompts, prompts if ln_weight is None else ln_weight, weight_part, bias_part, rows, e, eps,
-        HAS_WEIGHT=ln_weight is not None, HAS_PARTS=parts, BLOCK=1024, **p.dropout(),
+        HAS_WEIGHT=ln_weight is not None, HAS_PARTS=parts, BLOCK=1024, **p.dropout(), num_warps=8,
     )  # fmt: skip
     return prompts, weight_part.sum(0) if parts else None, bias_part.sum(0) if parts else None
 

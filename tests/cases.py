@@ -57,13 +57,28 @@ def converged(n: int, m: int, d: int) -> tuple[Tensor, Tensor, float]:
     return image, F.normalize(image[torch.arange(m) % n] + 1.5 * _directions(m, d, 11), dim=1), 100.0
 
 
-DATA = {f.__name__: f for f in (unit, below, wild, offset, converged)}
+def opposed(n: int, m: int, d: int) -> tuple[Tensor, Tensor, float]:
+    """Every other row far below all logits of its neighbours: no shift serves a tile of both; a 0 is large to some."""
+    axis = F.one_hot(torch.tensor(0), d).double()
+    image = torch.where(torch.arange(n)[:, None] % 2 == 1, 0.4 * _directions(n, d, 14) - axis, _directions(n, d, 15))
+    return F.normalize(image, dim=1), F.normalize(axis + 0.4 * _directions(m, d, 16), dim=1), 100.0
+
+
+def peak(n: int, m: int, d: int) -> tuple[Tensor, Tensor, float]:
+    """One row far above all others, which lie close together: a tile's shift that misses it overflows."""
+    axis = F.one_hot(torch.tensor(0), d).double()
+    image = _directions(n, d, 17)
+    image[min(n - 1, 127)] = 20 * axis
+    return image, F.normalize(axis + 0.4 * _directions(m, d, 18), dim=1), 10.0
+
+
+DATA = {f.__name__: f for f in (unit, below, wild, offset, converged, opposed)}
 
 
 @lru_cache(maxsize=64)
 def towers(data: str, n: int, m: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
     """image [n, d], text [m, d] in `dtype` and the logit scale of a named kind of data."""
-    image, text, scale = DATA[data](n, m, d)
+    image, text, scale = {**DATA, "peak": peak}[data](n, m, d)
     return image.to(dtype), text.to(dtype), scale
 
 

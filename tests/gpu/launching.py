@@ -18,7 +18,8 @@ from limber_fast import dispatch
 from limber_fast.backends import triton as backend
 from limber_fast.backends.triton import device
 from limber_fast.kernels import catalogue
-from limber_fast.kernels.recording import launch_of
+from limber_fast.kernels.catalogue import Case
+from limber_fast.kernels.recording import Launch, launch_of
 
 # Every kernel file now: one imported first inside `interpreted()` would hold interpreted functions for good.
 catalogue.cases("none")
@@ -65,16 +66,21 @@ def running(engine: str, **options: Any) -> AbstractContextManager[None]:
     return interpreted() if engine == "interpreted" else executed(engine, **options)
 
 
-@contextmanager
-def executed(target: str, **options: Any) -> Iterator[None]:
+def executed(target: str, **options: Any) -> AbstractContextManager[None]:
     """Every Triton launch inside the block is compiled for `target` and its PTX executed."""
+    return launches_to(lambda launch, case: run_case(case, target, launch.grid, launch.arguments, **options))
 
-    def run(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
+
+@contextmanager
+def launches_to(run: Callable[[Launch, Case], Any]) -> Iterator[None]:
+    """Inside the block `run` stands for every Triton launch."""
+
+    def launched(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
         launch = launch_of(self, args, kwargs, grid)
-        run_case(launch.case(self.__name__, False), target, launch.grid, launch.arguments, **options)
+        run(launch, launch.case(self.__name__, False))
 
     original = JITFunction.run
-    JITFunction.run = run
+    JITFunction.run = launched
     try:
         yield
     finally:

@@ -50,6 +50,7 @@ CALLS = {
     "fp32": Call(dtype=torch.float32),
     "one": Call(shape=(1, 1, 7)),
     "below": Call("below"),
+    "opposed": Call("opposed", options={"normalize": True}),
     "wild": Call("wild"),
     "offset": Call("offset", dtype=torch.float32),
     "converged": Call("converged", dtype=torch.float32),

@@ -5,21 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-import cases
 import pytest
 import torch
 
 from gpu import samples
-from gpu.launching import running, send_to_triton
 from gpu.ptx import execute
 from gpu.ptx.equivalence import droppable_lines, equivalent_lines
-from gpu.ptx.launch import replacing, run_case
+from gpu.ptx.launch import run_case
 from gpu.ptx.mutate import Mutant, mutants, mutation_score, sample
 from gpu.ptx.parse import parse
 from gpu.ptx_sources import TILE, handwritten, int8_matmul, matmul_problem, relative_error, softmax
-from limber_fast import info_nce
 from limber_fast.kernels.catalogue import Case
-from limber_fast.reference.info_nce import info_nce as reference
 from limber_fast.report.aot import compile_case
 
 GOAL = 0.85
@@ -104,60 +100,6 @@ def test_score_of_the_samples(name, target):
     score = mutation_score(compile_case(case, target).ptx, verdict, count=100, race_checked=True)
     print(f"\n{name} {target}: {score.report()}")
     assert score.rate >= GOAL, score.report()
-
-
-@pytest.mark.slow_gpu
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-def test_score_of_the_shipped_info_nce(target, monkeypatch):
-    """Every kernel behind one call of the op, forward and backward: does a check of the op's results notice?"""
-    send_to_triton(monkeypatch, "info_nce", target)
-    problems = [tower_problem(*p) for p in (("converged", 130, 72), ("wild", 130, 328))]
-    with replacing({}) as launched:
-        sound = [tower_errors(*problem, {}, target) for problem in problems]
-    kernels = dict(launched)
-    assert all(e < bound for errors in sound for e, bound in zip(errors, (6e-7, 3e-3, 3e-3, 6e-7), strict=True))
-
-    def right(texts: dict[str, str]) -> bool:
-        """No error is twice that of the compiled kernels. `wild` needs the kernels that do tiles over and goes round
-        all stages of a pipeline; the losses of `converged` are so small that the last digits of every logarithm show.
-        """
-        pairs = zip(problems, sound, strict=True)
-        return all(
-            found <= 2 * before
-            for problem, errors in pairs
-            for found, before in zip(tower_errors(*problem, texts, target), errors, strict=True)
-        )
-
-    scores = {}
-    for name, compiled in kernels.items():
-        score = mutation_score(compiled, lambda ptx, key=compiled: right({key: ptx}), count=16, race_checked=True)
-        scores[name] = score
-        print(f"\n{name} {target}: {score.report()}", flush=True)
-    # Together, not each: a third of the finish kernel is an fp64 logarithm, whose last terms no fp32 result shows.
-    killed, total = (sum(count) for count in zip(*((s.killed.total(), s.total) for s in scores.values()), strict=True))
-    assert killed >= GOAL * total, {name: score.rate for name, score in scores.items()}
-
-
-def tower_problem(data: str, n: int, d: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    image, text, scale = cases.towers(data, n, n, d, torch.bfloat16)
-    inputs = [image, text, torch.tensor(scale)]
-    return inputs, gradients(reference, [x.double() for x in inputs])
-
-
-def tower_errors(
-    inputs: list[torch.Tensor], exact: list[torch.Tensor], texts: dict[str, str], target: str
-) -> list[float]:
-    with replacing(texts), running(target, races=True, max_instructions=20_000):
-        found = gradients(info_nce, inputs)
-    return [relative_error(f, e) for f, e in zip(found, exact, strict=True)]
-
-
-def gradients(function: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The rows' losses, and the gradients of their mean."""
-    leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    rows = function(*leaves, reduction="none")
-    rows = rows[0] if isinstance(rows, tuple) else rows
-    return [rows.detach(), *torch.autograd.grad(rows.mean(), leaves)]
 
 
 def test_a_sample_is_reproducible_and_mixed():

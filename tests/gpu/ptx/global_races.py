@@ -54,9 +54,18 @@ class GlobalRaces:
             agent, block = np.repeat(agents[where], span), np.repeat(m.block_of[lanes[where]], span)
             self._check(m, history.write, units, block, agent, region, "write" if writes else "read", "a write")
             if writes:
+                self._check_at_once(units, block, agent, region)
                 self._check(m, history.read, units, block, agent, region, "write", "a read")
             now = m.races.known[block, agent, agent]
             (history.write if writes else history.read)[:, units] = m.first_block + block, agent, now
+
+    def _check_at_once(self, units: Array, block: Array, agent: Array, region: Region) -> None:
+        """The warps of one instruction: their writes meet no barrier either."""
+        writers = np.unique(np.stack([units, block, agent]), axis=1)[0]
+        twice = writers[1:][writers[1:] == writers[:-1]]
+        if twice.size:
+            at = int(twice[0]) * self.granule - (region.start - region.base)
+            raise PtxTrap(f"race in {region.name} at byte {at}: two warps write it in one instruction")
 
     def _check(
         self,

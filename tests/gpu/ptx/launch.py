@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import triton
@@ -13,22 +12,6 @@ from limber_fast.report.aot import compile_case
 
 from .execute import Counts, execute
 from .tma import descriptor_arguments
-
-_open_blocks: list[tuple[Mapping[str, str], dict[str, str]]] = []
-
-
-@contextmanager
-def replacing(texts: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """Inside the block `run_case` runs another text where it would run a key of `texts`.
-
-    Yields the compiled texts of all kernels launched in the block, by the kernel's name, filled as they run.
-    """
-    launched: dict[str, str] = {}
-    _open_blocks.append((texts, launched))
-    try:
-        yield launched
-    finally:
-        _open_blocks.pop()
 
 
 def run_case(case: Case, target: str, grid: Sequence[int], arguments: Mapping[str, Any], **options: Any) -> Counts:
@@ -52,11 +35,7 @@ def run_case(case: Case, target: str, grid: Sequence[int], arguments: Mapping[st
             values += descriptor_arguments(value, next(described))
         else:
             values.append(value)
-    text = options.pop("ptx", build.ptx)
-    for texts, launched in _open_blocks:
-        launched[case.kernel.__name__] = build.ptx
-        text = texts.get(text, text)
     return execute(
-        text, grid, (build.threads,), values, shared_bytes=build.metadata.shared,
+        options.pop("ptx", build.ptx), grid, (build.threads,), values, shared_bytes=build.metadata.shared,
         scratch_bytes=build.metadata.global_scratch_size, tensors=tensors, **options,
     )  # fmt: skip

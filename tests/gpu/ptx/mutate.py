@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from .equivalence import droppable_lines, equivalent_lines
@@ -36,37 +36,16 @@ ORDERED_SOURCES = {
 SYNCHRONISATION = ("bar", "barrier", "fence", "membar")
 SYNCHRONISATION_PARTS = ("wait", "commit_group", "try_wait", "test_wait", "fence", "arrive", "expect_tx")  # prefixes
 CONSTANT_OPCODES = frozenset(
-    [
-        "add",
-        "sub",
-        "mul",
-        "mad",
-        "and",
-        "or",
-        "xor",
-        "shl",
-        "shr",
-        "bfe",
-        "bfi",
-        "prmt",
-        "mov",
-        "selp",
-        "setp",
-        "min",
-        "max",
-        "div",
-        "rem",
-        "fma",
-        "ld",
-        "st",
-        "mbarrier",
-        "tensormap",
-    ]
-)
+    {
+        "add", "sub", "mul", "mad", "and", "or", "xor", "shl", "shr", "bfe", "bfi", "prmt", "mov", "selp", "setp",
+        "min", "max", "div", "rem", "fma", "ld", "st", "mbarrier", "tensormap",
+    }
+)  # fmt: skip
 COUNTED_WAITS = ("cp.async.wait_group", "cp.async.bulk.wait_group", "wgmma.wait_group")
 DROPPED_SYNC = "dropped synchronisation"
 BLOCK_BARRIER = re.compile(r"\b(bar|barrier)(\.cta)?\.sync\b")
 UNCHANGED = ("ret", "exit")
+NOTHING: Mapping[str, str] = {}
 INTEGER = re.compile(r"(?<![\w%.$+<@-])-?(?:0x[0-9a-fA-F]+|\d+)(?=U?(?![\w.]))")
 FLOAT = re.compile(r"\b0[fF][0-9a-fA-F]{8}\b")
 
@@ -98,6 +77,15 @@ class Score:
     unneeded_barriers: list[Mutant] = field(default_factory=list)
     """Not counted: without them every access is still ordered, as far as the verdict's race check has run."""
 
+    def __iadd__(self, other: Score) -> Score:
+        self.killed += other.killed
+        self.survived += other.survived
+        self.excluded += other.excluded
+        self.unneeded_barriers += other.unneeded_barriers
+        for kind, counts in other.by_kind.items():
+            self.by_kind.setdefault(kind, Counter()).update(counts)
+        return self
+
     @property
     def total(self) -> int:
         return self.killed.total() + len(self.survived)
@@ -116,8 +104,13 @@ class Score:
         return "\n".join([head, apart, *kinds, *left])
 
 
-def mutants(ptx: str, entry: str | None = None) -> tuple[list[Mutant], list[tuple[Mutant, str]]]:
-    """All single-line changes of a kernel, and those of them that no check could notice, with the reason."""
+def mutants(
+    ptx: str, entry: str | None = None, unobservable: Mapping[str, str] = NOTHING
+) -> tuple[list[Mutant], list[tuple[Mutant, str]]]:
+    """All single-line changes of a kernel, and those of them that no check could notice, with the reason.
+
+    unobservable: reasons that only the kernel's author knows, by a pattern of "statement -> changed statement".
+    """
     kernel = parse(ptx, entry)
     lines = ptx.split("\n")
     equivalent, droppable = equivalent_lines(kernel), droppable_lines(kernel)
@@ -127,6 +120,8 @@ def mutants(ptx: str, entry: str | None = None) -> tuple[list[Mutant], list[tupl
         for kind, after in _changes(instruction, before):
             mutant = Mutant(instruction.line, kind, before, after)
             reason = equivalent.get(mutant.line) or (kind.startswith("dropped") and droppable.get(mutant.line))
+            change = " ".join(f"{before} -> {after}".split())
+            reason = reason or next((why for what, why in unobservable.items() if re.search(what, change)), None)
             if reason:
                 excluded.append((mutant, reason))
             elif after != before:
@@ -219,11 +214,13 @@ def _swaps(ins: Instruction, code: str) -> Iterator[tuple[str, str]]:
     yield "swapped operands", f"{code[:start]} {', '.join(operands)}"
 
 
-def sample(ptx: str, count: int, seed: int = 0, entry: str | None = None) -> list[Mutant]:
+def sample(
+    ptx: str, count: int, seed: int = 0, entry: str | None = None, unobservable: Mapping[str, str] = NOTHING
+) -> list[Mutant]:
     """A random choice, in turns from every kind of change, so that no common kind drowns the others."""
     generator = random.Random(seed)
     groups: dict[str, list[Mutant]] = {}
-    for mutant in mutants(ptx, entry)[0]:
+    for mutant in mutants(ptx, entry, unobservable)[0]:
         groups.setdefault(mutant.kind, []).append(mutant)
     for group in groups.values():
         generator.shuffle(group)
@@ -237,7 +234,7 @@ def sample(ptx: str, count: int, seed: int = 0, entry: str | None = None) -> lis
 
 def mutation_score(
     ptx: str, verdict: Callable[[str], bool], *, count: int = 60, seed: int = 0, entry: str | None = None,
-    race_checked: bool = False,
+    race_checked: bool = False, unobservable: Mapping[str, str] = NOTHING,
 ) -> Score:  # fmt: skip
     """Run `verdict` on a seeded sample of mutants.
 
@@ -248,8 +245,8 @@ def mutation_score(
     """
     if not verdict(ptx):
         raise ValueError("mutation_score: verdict rejects the kernel as it is")
-    score = Score(excluded=mutants(ptx, entry)[1])
-    for mutant in sample(ptx, count, seed, entry):
+    score = Score(excluded=mutants(ptx, entry, unobservable)[1])
+    for mutant in sample(ptx, count, seed, entry, unobservable):
         outcome = _outcome(mutant.apply(ptx), verdict)
         if race_checked and not outcome and mutant.kind == DROPPED_SYNC and BLOCK_BARRIER.search(mutant.before):
             score.unneeded_barriers.append(mutant)

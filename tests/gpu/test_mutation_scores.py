@@ -1,0 +1,153 @@
+"""Would the checks of the shipped kernels notice a fault? Mutation score of each, as compiled for each chip.
+
+The check is that of the kernels' own tests: the public op, forward and backward, against float64, its outputs full of
+NaN beforehand, here also with the executor's traps for races. Every mutant is one changed line of one kernel.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import cases
+import pytest
+import torch
+from torch import Tensor
+
+from gpu import test_info_nce_kernels as of_info_nce
+from gpu import test_project_concat_kernels as of_project_concat
+from gpu.launching import send_to_triton
+from gpu.ptx.mutate import Score, mutation_score
+from gpu.replay import recorded, replayed
+from limber_fast import info_nce, project_concat
+from limber_fast.reference.info_nce import info_nce as info_nce_reference
+from limber_fast.reference.project_concat import project_concat as project_concat_reference
+
+GOAL, MUTANTS, LONGEST = 0.85, 40, 20_000
+TARGETS = ("sm_80", "sm_90")
+
+
+# In the library's fp64 exp2 and log, what no argument of this kernel's reaches. Infinity and NaN do reach them.
+_NEVER_ZERO = "log of zero or of the largest numbers: its argument is 1 + ratio < 2^1000, or is discarded"
+UNOBSERVABLE = {
+    "info_nce_finish_kernel": {
+        r"add\.s32 .*, -1; -> sub": _NEVER_ZERO,
+        r"and\.b32 .*, 2147483647; -> (or|and.*, 2147483646)": _NEVER_ZERO,
+        r"setp\.eq\.b32 .*, 0; -> setp\.eq": _NEVER_ZERO,
+        r"shr\.s32 .*, 1; -> .*, 2;": "exp2 below 2^-1022 in two factors: any split into normal ones is exact",
+    }
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of an op: `results(function, dtype)` are its outputs and gradients."""
+
+    results: Callable[..., list[Tensor]]
+    ours: Callable[..., Any]
+    reference: Callable[..., Any]
+
+    def true(self) -> list[Tensor]:
+        return self.results(self.reference, torch.float64)
+
+
+def _towers(**call: Any) -> Problem:
+    def results(function: Callable[..., Any], dtype: torch.dtype | None = None) -> list[Tensor]:
+        found = of_info_nce._gradients(function, of_info_nce.Call(**call), dtype)
+        if "variant" not in call.get("options", {}):
+            del found["logit_bias"]  # it cancels in the softmax: its gradient is rounding, if anything
+        return list(found.values())
+
+    return Problem(results, info_nce, info_nce_reference)
+
+
+def _prompts(**call: Any) -> Problem:
+    return Problem(of_project_concat.Call(**call).run, project_concat, project_concat_reference)
+
+
+PROBLEMS = {
+    "info_nce": [
+        _towers(shape=(130, 130, 72)),
+        # The losses are so small that the last digits of every logarithm show.
+        _towers(data="converged", shape=(130, 130, 72)),
+        # Tiles done over, in which the zeros past the ends would be large; then all stages of a pipeline.
+        _towers(data="opposed", shape=(130, 130, 72), scaled=0.4),
+        _towers(data="peak", shape=(130, 130, 72)),
+        _towers(data="wild", shape=(130, 130, 328)),
+        _towers(shape=(130, 130, 72), options={"normalize": True}, scaled=3.0),
+        _towers(data="opposed", shape=(130, 130, 72), options={"normalize": True}, scaled=3.0),
+        _towers(shape=(130, 130, 72), options={"variant": "sigmoid"}),
+    ],
+    "project_concat": [
+        _prompts(n_images=3, k=50, d=328, e=136, dropout_p=0.3),
+        # Rows of more than one block of the norm's kernels.
+        _prompts(n_images=3, k=50, d=72, e=1100, dropout_p=0.3, norm=True, int8=True),
+    ],
+}
+
+
+class Sound:
+    """A problem, the launches of its compiled kernels, and their errors in both norms of every output."""
+
+    def __init__(self, problem: Problem, target: str) -> None:
+        self.problem, self.target, self.true = problem, target, problem.true()
+        with recorded(target, races=True) as self.steps:
+            self.errors = self._errors(problem.results(problem.ours))
+
+    def _errors(self, found: list[Tensor]) -> list[float]:
+        return [error for x, y in zip(found, self.true, strict=True) for error in cases.errors(x, y)]
+
+    def passes(self, text: str, changed: str, races: bool) -> bool:
+        """No error is more than twice that of the sound kernels."""
+        with replayed(self.steps, text, changed, self.target, races=races, max_instructions=LONGEST) as replay:
+            found = self.problem.results(self.problem.ours)
+        return not replay.differs or all(
+            error <= 2 * before for error, before in zip(self._errors(found), self.errors, strict=True)
+        )
+
+
+class Check:
+    """All problems of an op on one chip."""
+
+    def __init__(self, op: str, target: str) -> None:
+        self.sound = [Sound(problem, target) for problem in PROBLEMS[op]]
+
+    def kernels(self) -> dict[str, list[str]]:
+        """The distinct builds of every kernel."""
+        found: dict[str, dict[str, None]] = defaultdict(dict)
+        for sound in self.sound:
+            for step in sound.steps:
+                found[step.kernel][step.text] = None
+        return {name: list(texts) for name, texts in found.items()}
+
+    def passes(self, text: str, changed: str) -> bool:
+        """Wherever `text` is launched. Races are looked for last, as that runs one block at a time."""
+        concerned = [sound for sound in self.sound if any(step.text == text for step in sound.steps)]
+        return all(sound.passes(text, changed, races) for races in (False, True) for sound in concerned)
+
+    def score(self, name: str, builds: list[str]) -> Score:
+        """Of one kernel, over all its builds."""
+        total = Score()
+        for text in builds:
+            total += mutation_score(
+                text, lambda changed, text=text: self.passes(text, changed), count=-(-MUTANTS // len(builds)),
+                race_checked=True, unobservable=UNOBSERVABLE.get(name, {}),
+            )  # fmt: skip
+        return total
+
+
+@pytest.mark.slow_gpu
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("op", PROBLEMS)
+def test_every_kernel_of_an_op(op, target, monkeypatch, poisoned):
+    send_to_triton(monkeypatch, op, target, programs=24 if op == "project_concat" else 3)
+    check = Check(op, target)
+    assert all(error < 2e-2 for sound in check.sound for error in sound.errors)
+    scores = {}
+    for name, builds in check.kernels().items():
+        scores[name] = check.score(name, builds)
+        print(f"\n{name} ({len(builds)} builds) {target}: {scores[name].report()}", flush=True)
+    low = {name: f"{score.rate:.0%}" for name, score in scores.items() if score.rate < GOAL or score.total < 20}
+    assert not low, low
