@@ -138,6 +138,25 @@ class Check:
         return total
 
 
+def test_a_replay_takes_from_the_record_what_no_change_reaches(monkeypatch, poisoned):
+    send_to_triton(monkeypatch, "project_concat", "sm_80")
+    sound = Sound(_prompts(), "sm_80")
+    problem, texts = sound.problem, {step.kernel: step.text for step in sound.steps}
+    with recorded("sm_80"):
+        expected = problem.results(problem.ours)
+    for kernel, output in (("project_concat_fwd_kernel", 0), ("project_concat_weight_kernel", 2)):
+        text = texts[kernel]
+        with replayed(sound.steps, text, text, "sm_80") as replay:
+            found = problem.results(problem.ours)
+        assert not replay.differs and all(map(torch.equal, found, expected))
+        changed = text.replace("0f00000000", "0f3F800000")  # products begin at 1
+        with replayed(sound.steps, text, changed, "sm_80") as replay:
+            found = problem.results(problem.ours)
+        same = [torch.equal(*pair) for pair in zip(found, expected, strict=True)]
+        assert replay.differs and same.index(False) == output
+        assert not sound.passes(text, changed, races=False)
+
+
 @pytest.mark.slow_gpu
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("op", PROBLEMS)

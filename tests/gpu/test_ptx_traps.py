@@ -135,6 +135,14 @@ def test_race_between_warps_in_global_memory():
         run_by_hand(exchange.format(barrier=""), [memory], threads=64, races=True)
 
 
+def test_race_of_two_warps_in_one_instruction():
+    """Within a warp the hardware takes one of the values; nothing orders warps."""
+    write = "st.global.b32 [%d0], %r0;"
+    run_by_hand(write, [torch.zeros(1, dtype=torch.int32)], races=True)
+    with pytest.raises(PtxTrap, match=r"race in tensor 0 \[1\] at byte 0: two warps write it in one instruction"):
+        run_by_hand(write, [torch.zeros(1, dtype=torch.int32)], threads=64, races=True)
+
+
 def test_atomics_do_not_race():
     body = "atom.shared.add.u32 %r1, [tile], 1;\nred.global.add.u32 [%d0], 1;"
     start = "setp.eq.u32 %p1, %r0, 0;\n@%p1 st.shared.b32 [tile], 0;\nbar.sync 0;\n"
