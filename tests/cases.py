@@ -65,11 +65,16 @@ def opposed(n: int, m: int, d: int) -> tuple[Tensor, Tensor, float]:
 
 
 def peak(n: int, m: int, d: int) -> tuple[Tensor, Tensor, float]:
-    """One row far above all others, which lie close together: a tile's shift that misses it overflows."""
+    """One row so far above all others, which are like each other, that a maximum that misses it overflows."""
     axis = F.one_hot(torch.tensor(0), d).double()
     image = _directions(n, d, 17)
-    image[min(n - 1, 127)] = 20 * axis
-    return image, F.normalize(axis + 0.4 * _directions(m, d, 18), dim=1), 10.0
+    image[min(n - 1, 127)] = axis
+    return image, F.normalize(axis + 0.4 * _directions(m, d, 18), dim=1), 250.0
+
+
+def peak_column(n: int, m: int, d: int) -> tuple[Tensor, Tensor, float]:
+    text, image, scale = peak(m, n, d)
+    return image, text, scale
 
 
 DATA = {f.__name__: f for f in (unit, below, wild, offset, converged, opposed)}
@@ -78,7 +83,7 @@ DATA = {f.__name__: f for f in (unit, below, wild, offset, converged, opposed)}
 @lru_cache(maxsize=64)
 def towers(data: str, n: int, m: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
     """image [n, d], text [m, d] in `dtype` and the logit scale of a named kind of data."""
-    image, text, scale = {**DATA, "peak": peak}[data](n, m, d)
+    image, text, scale = {**DATA, "peak": peak, "peak_column": peak_column}[data](n, m, d)
     return image.to(dtype), text.to(dtype), scale
 
 

@@ -78,12 +78,10 @@ def _rounded(method: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]
     def run(self: InterpreterBuilder, *arguments: Any) -> TensorHandle:
         handles = [argument for argument in arguments if isinstance(argument, TensorHandle)]
         dtype = next((found for found in map(_scalar, reversed(handles)) if found in NARROW), None)
-        if dtype is None:
-            return method(self, *arguments)
         result = method(self, *(widen(one) if isinstance(one, TensorHandle) else one for one in arguments))
-        if result.data.dtype == np.bool_:
+        if result.data.dtype == np.bool_:  # the stock one says the operands' type, by which Triton 3.9 widens masks
             return TensorHandle(result.data, tl.int1)
-        return narrow(result.data, dtype)
+        return result if dtype is None else narrow(result.data, dtype)
 
     return run
 

@@ -33,6 +33,12 @@ def bf16_kernel(x, y, out, n: tl.constexpr):
 
 
 @triton.jit
+def choose_kernel(x, out, flag, n: tl.constexpr):
+    i = tl.arange(0, n)
+    tl.store(out + i, tl.load(x + i, mask=(i < 5) & (flag == 0), other=-1.0), mask=(flag < 2) & (i < 7))
+
+
+@triton.jit
 def reduce_kernel(x, total, largest, running, n: tl.constexpr):
     i = tl.arange(0, n)
     value = tl.load(x + i)
@@ -103,6 +109,14 @@ def test_casts_of_special_values(dtype):
     expected = x.clamp(-largest, largest).to(dtype)
     assert torch.equal(out.float().nan_to_num(7.0), expected.float().nan_to_num(7.0))
     assert torch.equal(out.float().signbit(), expected.float().signbit())
+
+
+@pytest.mark.parametrize("flag", [0, 1, 2])
+def test_masks_of_tiles_and_scalars(flag):
+    out = torch.zeros(8)
+    with interpreted():
+        choose_kernel[(1,)](torch.ones(8), out, flag, n=8)
+    assert out.tolist() == {0: [1] * 5 + [-1] * 2 + [0], 1: [-1] * 7 + [0], 2: [0] * 8}[flag]
 
 
 def test_bf16_arithmetic_rounds_every_step():

@@ -72,12 +72,16 @@ PROBLEMS = {
         _towers(shape=(130, 130, 72)),
         # The losses are so small that the last digits of every logarithm show.
         _towers(data="converged", shape=(130, 130, 72)),
-        # Tiles done over, in which the zeros past the ends would be large; then all stages of a pipeline.
-        _towers(data="opposed", shape=(130, 130, 72), scaled=0.4),
+        # Tiles done over: the zeros past the ends would be large, one tile's only element is a positive. Then maxima
+        # that must not be missed; all stages of a pipeline.
+        _towers(data="opposed", shape=(129, 129, 72), scaled=0.4),
         _towers(data="peak", shape=(130, 130, 72)),
+        _towers(data="peak_column", shape=(130, 130, 72)),
         _towers(data="wild", shape=(130, 130, 328)),
         _towers(shape=(130, 130, 72), options={"normalize": True}, scaled=3.0),
-        _towers(data="opposed", shape=(130, 130, 72), options={"normalize": True}, scaled=3.0),
+        _towers(data="opposed", shape=(129, 129, 72), options={"normalize": True}, scaled=3.0),
+        _towers(data="peak", shape=(130, 130, 72), options={"normalize": True}, scaled=3.0),
+        _towers(data="peak_column", shape=(130, 130, 72), options={"normalize": True}, scaled=3.0),
         _towers(shape=(130, 130, 72), options={"variant": "sigmoid"}),
     ],
     "project_concat": [
