@@ -12,9 +12,10 @@ from limber_fast.kernels.catalogue import Case, Work
 from limber_fast.kernels.info_nce_configs import choose
 from limber_fast.kernels.recording import Launch, recording
 
-N, PROGRAMS = 8192, 264
+N = 8192
+SMS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
 STEP_N, STEP_D = 32768, (512, 768, 1024)
-TARGETS = ("sm_80", "sm_90", "sm_100")
+TARGETS = tuple(SMS)
 ARITHMETIC = {
     "bf16": (torch.bfloat16, "ieee"), "fp16": (torch.float16, "ieee"), "tf32": (torch.float32, "tf32"),
     "fp32": (torch.float32, "ieee"),
@@ -68,7 +69,7 @@ def launches(target: str, options: Options, arithmetic: str, rows: int = N) -> l
         image=image, text=text, extra=extra, scale=scale, bias=scale.clone(), labels=index if options.labels else None,
         image_ids=index if options.ids else None, text_ids=index.clone() if options.ids else None,
         label_smoothing=options.smoothing, normalize=options.normalize, sigmoid=options.sigmoid,
-        columns=options.symmetric, programs=PROGRAMS, sms=PROGRAMS // 2, precision=precision,
+        columns=options.symmetric, programs=2 * SMS[target], sms=SMS[target], precision=precision,
         config=choose(capability, dtype, precision, info_nce_launch.tma_can_read(image, text, extra)),
     )  # fmt: skip
     gradient = torch.ones(rows)

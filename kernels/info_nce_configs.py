@@ -84,6 +84,7 @@ _TF32 = Config(
     narrow=Tiles(64, 64, 32, 8, 3),
     tma=False,
 )
+_RAGGED_TF32 = replace(_TF32, forward=Tiles(128, 64, 32, 8, 3))  # on sm_90 128 x 128 spills 20
 # IEEE products run on the FMA pipe, whose operands are registers: small tiles.
 _IEEE = Config(
     forward=Tiles(64, 64, 16, 4, 2),
@@ -109,7 +110,7 @@ def choose(capability: tuple[int, int], dtype: torch.dtype, precision: str, alig
     """
     blackwell = capability[0] >= 10
     if dtype == torch.float32 and precision == "tf32":
-        return _TF32_BLACKWELL if blackwell else _TF32
+        return _TF32_BLACKWELL if blackwell else _TF32 if aligned else _RAGGED_TF32
     if dtype == torch.float32:
         return _RAGGED_IEEE_BLACKWELL if blackwell and not aligned else _IEEE
     if not aligned:

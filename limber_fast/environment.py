@@ -18,7 +18,10 @@ from limber_fast.console import Console
 REQUIRED = ("torch", "triton", "numpy", "rich", "safetensors")
 OPTIONAL = ("torchvision", "open_clip_torch", "scikit-learn", "matplotlib", "pillow", "pytest-benchmark", "psutil")
 PEERS = ("inf-cl", "liger-kernel", "cut-cross-entropy")
-OVERRIDES = ("LIMBER_FAST_BACKEND", native.ISA_VARIABLE, "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES")
+OVERRIDES = (
+    "LIMBER_FAST_BACKEND", "LIMBER_FAST_AUTOTUNE", native.ISA_VARIABLE, "OMP_NUM_THREADS", "OMP_WAIT_POLICY",
+    "CUDA_VISIBLE_DEVICES",
+)  # fmt: skip
 
 
 def collect() -> dict[str, Any]:

@@ -9,7 +9,6 @@ The file is `$XDG_CACHE_HOME/limber_fast/autotune.json` (`~/.cache` by default),
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import stat
@@ -98,6 +97,8 @@ def _write(folder: Path, kept: dict[str, str]) -> None:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One writer at a time: what another process adds between reading and writing is not lost."""
+    import fcntl  # not on every system that imports this package
+
     with open(folder / "autotune.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
