@@ -34,7 +34,7 @@ class Int8LinearForward {
           },
           p.eight_bits ? p.outlier_threshold : 0);
       Int8Epilogue epilogue(outputs, rows_);
-      Buffer<int32_t> sums((whole_ ? 1 : group_) * rows_.most_rows() * BLOCK);
+      Buffer<int32_t> sums(std::max<int64_t>((whole_ ? 1 : group_) * rows_.most_rows(), 32) * BLOCK);
 #pragma omp for schedule(dynamic, 1)
       for (int64_t first = 0; first < blocks_; first += group_)
         for (const auto& block : rows_.blocks())
@@ -71,9 +71,10 @@ class Int8LinearForward {
         const Ahead kind = rows.strips == 1 && !rows_.tiles ? Ahead::own_block
                            : s < shares                     ? Ahead::next_block
                                                             : Ahead::none;
-        int8_product(rows_, strip, rows_.panel(rows, strip, k, count) + i * strip.rows, B + i * BLOCK, part,
-                     sums + strip.row * BLOCK, k + i > 0, kind, next + i * BLOCK + s * share, share);
-        if (done) epilogue.finish(strip, sums + strip.row * BLOCK);
+        int32_t* to = sums + (whole_ && step == count ? 0 : strip.row * BLOCK);  // one tile in L1 where that is enough
+        int8_product(rows_, strip, rows_.panel(rows, strip, k, count) + i * strip.rows, B + i * BLOCK, part, to,
+                     k + i > 0, kind, next + i * BLOCK + s * share, share);
+        if (done) epilogue.finish(strip, to);
       }
     }
   }
