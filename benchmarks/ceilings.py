@@ -35,6 +35,8 @@ class Ceilings:
         peaks = self._isa_peaks[isa]
         if kind != "fp32" and peaks[kind]:
             return f"{isa} {kind} dot products", peaks[kind]
+        if isa == "amx" and peaks["bf16"] > 6 * peaks["fp32"]:
+            return "amx bf16 dot products, six for one of fp32", peaks["bf16"] / 6
         return f"{isa} fp32 multiply-adds", peaks["fp32"]
 
     def facts(self) -> dict[str, Any]:

@@ -21,7 +21,8 @@ constexpr int64_t GRADIENT_BUDGET = int64_t(128)
 template <class Op>
 class InfoNceBackward {
   using B = Blocks<Op>;
-  static constexpr int NB = B::NB, MB = B::MB, LDS = B::LDS, LDN = B::LDN, LDP = B::LDP, P = Op::P, MR = Op::MR;
+  static constexpr int NB = B::NB, MB = B::MB, LDS = B::LDS, LDN = B::LDN, LDP = B::LDP, P = Op::P, MR = Op::MR,
+                       PARTS = Op::PARTS;
   enum Source { SHARED, CACHED, SEPARATE };  // where E comes from: x under one shift, the cache, or two exponentials
 
  public:
@@ -34,9 +35,7 @@ class InfoNceBackward {
         Kd(dwords<Op>(p.D)),
         Dp(round_up(p.D, NR)),
         direct(p.dtype == Dtype::f32),
-        super(cols.super_block(p.D * (direct   ? 8
-                                      : P == 1 ? 12
-                                               : 8))) {}
+        super(cols.super_block(p.D * (8 * PARTS / P + (direct ? 0 : 4)))) {}  // packed twice, and an accumulator
 
   void run() {
     const bool rows = p.d_image, columns = p.d_text || p.d_extra;
@@ -57,7 +56,7 @@ class InfoNceBackward {
     const bool recompute = !cache.complete(cols.count);
     const int64_t width = super * cols.NB, mb_max = std::min<int64_t>(MB, round_up(p.N, MR));
     Buffer<float> norms(p.normalize ? p.N + p.M + p.K : 0), text_t(recompute ? width * Kd : 0),
-        text_n(want_rows ? (width / P) * Dp : 0), image_t(recompute ? mb_max * Kd : 0);
+        text_n(want_rows ? dwords<Op>(width) * Dp : 0), image_t(recompute ? mb_max * Kd : 0);
     Buffer<float> image_n(want_cols ? dwords<Op>(mb_max) * Dp : 0), ds(mb_max * LDN + NR),
         ds_pairs(P == 2 && want_cols ? (mb_max / 2) * LDP + NR : 0);
     Buffer<float> row_acc(want_rows && !direct ? (halved ? mb_max : std::min(open_rows, p.N)) * p.D : 0),
@@ -89,13 +88,14 @@ class InfoNceBackward {
         for (int64_t b0 = 0; b0 < cols.count; b0 += super) {
           const int64_t b1 = std::min(b0 + super, cols.count);
           if (packed != b0) {
-#pragma omp for schedule(dynamic, 1)
-            for (int64_t k = b0; k < b1; k++) {
-              const int64_t j0 = cols.begin(k), j1 = j0 + cols.size(k), at = (k - b0) * cols.NB;
-              if (recompute) pack_transposed<Op, NR>(texts, j0, j1, text_t + at * Kd);
-              for (int64_t d = 0; want_rows && d < Dp; d += NR)
-                pack_natural<Op>(texts, j0, j1, d, text_n + at / P * Dp + d * dwords<Op>(j1 - j0));
-            }
+            if (recompute) cols.template pack<Op>(texts, b0, b1, text_t);
+#pragma omp for collapse(2) schedule(dynamic, 4)
+            for (int64_t k = b0; k < b1; k++)
+              for (int64_t d = 0; d < (want_rows ? Dp : 0); d += NR) {
+                const int64_t j0 = cols.begin(k), nb = cols.size(k);
+                pack_natural<Op>(texts, j0, j0 + nb, d,
+                                 text_n + dwords<Op>((k - b0) * cols.NB) * Dp + d * dwords<Op>(nb));
+              }
             packed = b0;
           }
           for (int64_t i0 = r0; i0 < r1; i0 += MB) {
@@ -120,23 +120,26 @@ class InfoNceBackward {
                 ds_strip(out, (int)std::min<int64_t>(MR, mb - i), i, k, image_t + i * Kd, text_t + at * Kd, w);
                 if constexpr (P == 2)
                   round_strip(out, (int)std::min<int64_t>(MR, mb - i), nb, ds + i * LDN,
-                              want_cols ? ds_pairs + (Op::TILES ? i * MR / 2 : i / 2 * LDP) : nullptr, mb_max / 2);
+                              want_cols ? ds_pairs + (Op::TILES ? i * MR / 2 * PARTS : i / 2 * LDP) : nullptr,
+                              mb_max / 2 * PARTS);
               }
               if (want_rows)
 #pragma omp for schedule(dynamic, 1) nowait
-                for (int64_t i = 0; i < mb; i += MR)
-                  for (int64_t d = 0; d < p.D; d += NR)
+                for (int64_t t = 0; t < groups(mb); t++)
+                  each_tile(t, mb, [&](int64_t i, int64_t d) {
                     gemm_tile<Op, LDN, 1>((int)std::min<int64_t>(MR, mb - i), Kj, ds + i * LDN,
-                                          text_n + at / P * Dp + d * Kj, row_out(i0 + i, first) + d, p.D, p.D - d,
-                                          k > 0);
+                                          text_n + dwords<Op>(at) * Dp + d * Kj, row_out(i0 + i, first) + d, p.D,
+                                          p.D - d, k > 0);
+                  });
               // Without wanted columns the empty loop is the barrier that keeps dS until every d_image strip has read
               // it.
 #pragma omp for schedule(dynamic, 1)
-              for (int64_t j = 0; j < (want_cols && gradient_of(j0) ? nb : 0); j += MR)
-                for (int64_t d = 0; d < p.D; d += NR)
+              for (int64_t t = 0; t < (want_cols && gradient_of(j0) ? groups(nb) : 0); t++)
+                each_tile(t, nb, [&](int64_t j, int64_t d) {
                   gemm_tile<Op, 1, LDP>((int)std::min<int64_t>(MR, nb - j), Ki,
-                                        (P == 1 ? ds : ds_pairs) + (Op::TILES ? j * (mb_max / 2) : j), image_n + d * Ki,
-                                        col_out(j0 + j, at + j) + d, p.D, p.D - d, i0 > 0);
+                                        (P == 1 ? ds : ds_pairs) + (Op::TILES ? j * (mb_max / 2) * PARTS : j),
+                                        image_n + d * Ki, col_out(j0 + j, at + j) + d, p.D, p.D - d, i0 > 0);
+                });
             }
             if (halved) {
 #pragma omp for schedule(static)
@@ -162,6 +165,20 @@ class InfoNceBackward {
         }
       }
     }
+  }
+
+  // A gradient's rows x D in groups of register tiles, a task each. A strip of dS stays in L1 and panels of B stream
+  // past it. AMX's panels do not fit L1: groups of 128 x 256 read each of them from L2 or L3 for several tiles
+  // (narrower ones are 8% slower at N = 4096, strips as high as one tile 12% at N = 256, D = 2048).
+  static constexpr int64_t GROUP_ROWS = Op::TILES ? 4 * MR : MR;
+  int64_t group_columns() const { return Op::TILES ? 8 * NR : Dp; }
+  int64_t groups(int64_t rows) const { return ceil_div(rows, GROUP_ROWS) * ceil_div(p.D, group_columns()); }
+  template <class F>
+  void each_tile(int64_t group, int64_t rows, F f) const {
+    const int64_t down = ceil_div(rows, GROUP_ROWS), r0 = group % down * GROUP_ROWS,
+                  d0 = group / down * group_columns();
+    for (int64_t d = d0; d < std::min(d0 + group_columns(), p.D); d += NR)
+      for (int64_t r = r0; r < std::min(r0 + GROUP_ROWS, rows); r += MR) f(r, d);
   }
 
   void part_halves(const float* sum, uint16_t* upper, uint16_t* lower) const {
@@ -333,34 +350,37 @@ class InfoNceBackward {
     }
   }
 
-  // fp32 dS -> bf16 twice, as the A of either product: for d_image by rows, pairs along columns; for d_text pairs of
-  // rows, [pair][column], or for AMX panels of 32 columns, `panel_rows` = MB / 2 pairs each.
+  // fp32 dS -> bf16 (or parts in bf16) twice, as the A of either product: for d_image by rows, pairs along columns; for
+  // d_text pairs of rows, [pair][column], or for AMX panels of 32 columns, `panel_rows` rows of 32 dwords each.
   void round_strip(const float* strip, int R, int64_t nb, float* by_rows, float* by_pairs,
                    [[maybe_unused]] int64_t panel_rows) const {
 #if defined(LIMBER_BF16_PAIRS)
     auto pairs = [&](int r, int64_t j) {
-      return r < R ? simd::round_pairs(simd::load(strip + r * LDS + j), simd::load(strip + r * LDS + j + simd::W))
-                   : simd::zero();
+      if (r >= R) return Dwords<Op>{};
+      const simd::vec v[2] = {simd::load(strip + r * LDS + j), simd::load(strip + r * LDS + j + simd::W)};
+      return to_dwords<Op>(v);
     };
     for (int64_t j = 0; j < nb; j += NR) {
-      simd::vec lo[MR / 2], hi[MR / 2];
+      simd::vec lo[PARTS][MR / 2], hi[PARTS][MR / 2];
       for (int r = 0; r < (Op::TILES ? MR : R); r += 2) {
-        const simd::vec x = pairs(r, j), y = pairs(r + 1, j);
-        float* out = by_rows + (Op::TILES ? j * MR / 2 + r * simd::W : r * LDN + j / 2);
-        simd::store(out, x);
-        if (Op::TILES || r + 1 < R) simd::store(out + (Op::TILES ? simd::W : LDN), y);
-        simd::zip_rows(x, y, lo[r / 2], hi[r / 2]);
-        if (Op::TILES || !by_pairs) continue;
-        simd::store(by_pairs + r / 2 * LDP + j, lo[r / 2]);
-        simd::store(by_pairs + r / 2 * LDP + j + simd::W, hi[r / 2]);
+        const auto x = pairs(r, j), y = pairs(r + 1, j);
+        for (int q = 0; q < PARTS; q++) {
+          float* out = by_rows + (Op::TILES ? (j * PARTS / 2 + q * simd::W) * MR + r * simd::W : r * LDN + j / 2);
+          simd::store(out, x.part[q]);
+          if (Op::TILES || r + 1 < R) simd::store(out + (Op::TILES ? simd::W : LDN), y.part[q]);
+          simd::zip_rows(x.part[q], y.part[q], lo[q][r / 2], hi[q][r / 2]);
+          if (Op::TILES || !by_pairs) continue;
+          simd::store(by_pairs + r / 2 * LDP + j, lo[q][r / 2]);
+          simd::store(by_pairs + r / 2 * LDP + j + simd::W, hi[q][r / 2]);
+        }
       }
-      if constexpr (Op::TILES) {
-        if (!by_pairs) continue;
-        simd::transpose(lo), simd::transpose(hi);
-        float* out = by_pairs + j * panel_rows;
-        for (int c = 0; c < simd::W; c++, out += simd::W)
-          simd::store(out, lo[c]), simd::store(out + MR / 2 * simd::W, hi[c]);
-      }
+      if constexpr (Op::TILES)
+        for (int q = 0; by_pairs && q < PARTS; q++) {
+          simd::transpose(lo[q]), simd::transpose(hi[q]);
+          float* out = by_pairs + j * panel_rows + q * MR * simd::W;
+          for (int c = 0; c < simd::W; c++, out += simd::W)
+            simd::store(out, lo[q][c]), simd::store(out + MR / 2 * simd::W, hi[q][c]);
+        }
     }
 #endif
   }

@@ -25,8 +25,9 @@ struct Blocks {
   static constexpr int MB = Op::P == 1 ? 504 : 1008;  // rows of a backward block: dS is 472 KiB, the other half
 #endif
   static constexpr int LDS = NB + 16;  // strip stride: 960 bytes keeps 14 rows out of each other's L1 sets
-  static constexpr int LDN = NB / Op::P + (Op::TILES ? 0 : 16);  // dS by rows, in dwords; AMX: of a panel of 32
-  static constexpr int LDP = Op::P == 1 ? LDN : NB + 16;         // dS by row pairs (bf16)
+  // Dwords of a row of dS, of AMX a thirty-second of a panel's; of a pair of rows.
+  static constexpr int LDN = Op::TILES ? dwords<Op>(NB) : NB / Op::P + 16;
+  static constexpr int LDP = Op::P == 1 ? LDN : Op::TILES ? NB * Op::PARTS : NB + 16;
   static constexpr int CHUNK = Op::TILES ? 512 : 126 / MR * MR;  // rows of a forward task
   static constexpr int GROUP = 32;  // forward tasks between two merges of their column sums
   static_assert(NB % NR == 0 && MB % MR == 0 && (Op::P == 1 || MR % 2 == 0), "blocks are whole tiles");
@@ -49,6 +50,17 @@ struct Columns {
         count(text_blocks + ceil_div(K, NB)) {}
   int64_t begin(int64_t b) const { return b < text_blocks ? b * NB : M + (b - text_blocks) * NB; }
   int64_t size(int64_t b) const { return std::min(NB, (b < text_blocks ? M : M + K) - begin(b)); }
+  // Blocks b0 .. b1-1 as transposed panels, by all threads of a parallel region: panel by panel, for there may be a
+  // single block.
+  template <class Op>
+  void pack(const Rows& texts, int64_t b0, int64_t b1, float* out) const {
+#pragma omp for schedule(dynamic, 2)
+    for (int64_t at = 0; at < (b1 - b0) * NB; at += NR) {
+      const int64_t b = b0 + at / NB, j = at % NB, end = begin(b) + size(b);
+      if (j < size(b))
+        pack_transposed<Op, NR>(texts, begin(b) + j, std::min(begin(b) + j + NR, end), out + at * dwords<Op>(texts.D));
+    }
+  }
   int64_t super_block(int64_t bytes_per_column) const {
     return std::clamp<int64_t>(std::min(PANEL_BUDGET / bytes_per_column, MAX_COLUMNS) / NB, 1, count);
   }
@@ -91,7 +103,7 @@ struct Logits {
   void product(simd::vec dot, simd::vec& n, simd::vec& f) const {
     n = simd::round(simd::mul(dot, alpha));
     f = simd::fms(dot, alpha, n);
-    if constexpr (Op::P == 1) f = simd::fma(dot, alpha_low, f);
+    if constexpr (Op::FP32) f = simd::fma(dot, alpha_low, f);
   }
 };
 
@@ -120,7 +132,7 @@ struct Negatives {
 // of NaN: not kept.
 template <class Op>
 struct TileCache {
-  using elem = std::conditional_t<Op::P == 1, float, uint16_t>;
+  using elem = std::conditional_t<Op::FP32, float, uint16_t>;
   static constexpr int MR = Op::MR;
   static constexpr int64_t TILE = int64_t(MR) * Blocks<Op>::NB;
   int64_t strips_per_block, strips;
@@ -143,23 +155,24 @@ struct TileCache {
     return true;
   }
   static simd::vec load(const elem* p) {
-    if constexpr (Op::P == 1)
+    if constexpr (Op::FP32)
       return simd::load(p);
     else
       return simd::load_bf16(p, simd::W);
   }
   static void store(elem* p, simd::vec v) {
-    if constexpr (Op::P == 1)
+    if constexpr (Op::FP32)
       simd::store(p, v);
     else
       simd::store_bf16(p, v, simd::W);
   }
 };
 
-// strip[R x nb] = A panel . B block. On AMX tiles in parts of k, so that A's, 16 KiB, stays in L1 while B streams past.
+// strip[R x nb] = A panel . B block. On AMX tiles in parts of k, so that A's, 16 or 24 KiB, stays in L1 while B streams
+// past.
 template <class Op>
 static void dot_strip(float* strip, int R, int64_t Kd, const float* A, const float* B, int64_t nb) {
-  const int64_t part = Op::TILES ? 128 : Kd;
+  const int64_t part = !Op::TILES ? Kd : Op::PARTS == 1 ? 128 : 64 * Op::PARTS;
   for (int64_t k = 0; k < Kd; k += part)
     for (int64_t j = 0; j < nb; j += NR)
       gemm_tile<Op, 1, Op::MR>(R, std::min(part, Kd - k), A + k * Op::MR, B + j * Kd + k * NR, strip + j,

@@ -147,9 +147,7 @@ class InfoNceForward {
       }
       for (int64_t b0 = 0; b0 < cols.count; b0 += super) {
         const int64_t b1 = std::min(b0 + super, cols.count);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t b = b0; b < b1; b++)
-          pack_transposed<Op, NR>(texts, cols.begin(b), cols.begin(b) + cols.size(b), panels + (b - b0) * cols.NB * Kd);
+        cols.template pack<Op>(texts, b0, b1, panels);
         for (int64_t t0 = 0; t0 < tasks; t0 += group) {
           const int64_t t1 = std::min(t0 + group, tasks);
           auto task_sums = [&](int64_t t) { return carve(p.N + p.M + (t - t0) * width, width); };

@@ -11,7 +11,7 @@ namespace limber {
 template <class Op>
 class ProjectConcatBackward {
   using B = ProjectBlocks<Op>;
-  static constexpr int MR = Op::MR, W = simd::W, P = Op::P;
+  static constexpr int MR = Op::MR, W = simd::W, P = Op::P, PARTS = Op::PARTS;
   static constexpr int TALL = B::TALL, LDE = 192 + 16, LDC = B::LDC;
   static constexpr int KS = Op::TILES ? MR : LDE;       // k stride of a packed block of gradient columns
   static constexpr int CHAIN = 32;                      // rows that a bias' gradient adds up before they join the total
@@ -31,13 +31,15 @@ class ProjectConcatBackward {
     gradient_ = {p.grad, offset_, rows_, p.E, p.dtype, p.dropout ? &mask_ : nullptr};
   }
 
-  void run() {
-    if (!rows_) return clear();
+  // False: an infinity was among the inputs (see Finite), and the gradients are not to be used.
+  bool run() {
+    if (!rows_) return clear(), true;
     if (p.d_weight) advise_huge_pages(p.d_weight, p.E * p.D * size_of(p.dtype));
     if (p.d_features) advise_huge_pages(p.d_features, rows_ * p.D * size_of(p.dtype));
     if (p.layer_norm) through_layer_norm();
     if (p.d_weight || p.d_bias) weight_gradient();
     if (p.d_features) feature_gradient();
+    return finite_;
   }
 
  private:
@@ -66,6 +68,7 @@ class ProjectConcatBackward {
 #pragma omp parallel num_threads(p.threads)
     {
       projection.run();
+      // Where it is not finite a gradient that depends on it is not either.
 #pragma omp for schedule(static)
       for (int64_t r = 0; r < rows_; r++) {
         const RowMoments m(p.dtype, z.row(r), p.E, p.ln_eps);
@@ -124,7 +127,7 @@ class ProjectConcatBackward {
     const int64_t tall = std::min<int64_t>(TALL, round_up(ceil_div(p.E, 2 * p.threads), MR));
     const int64_t wide = std::min<int64_t>(B::COLUMNS, round_up(p.D, NR)), Dp = round_up(p.D, NR);
     // Equal parts, in whole chains of products, so that sums do not depend on how a strip is cut.
-    const int64_t part = round_up(ceil_div(Kr_, ceil_div(Kr_, B::K_ROWS / P)), B::PART);
+    const int64_t part = round_up(ceil_div(Kr_, ceil_div(Kr_, dwords<Op>(B::K_ROWS))), B::PART);
     const int64_t gradient = Kr_ * (Op::TILES ? round_up(tall, MR) : LDE), sums = round_up(tall + NR, NR);
     const int64_t per_thread = gradient + sums + round_up(tall, MR) * LDC;
     const Buffer<int64_t> offset = feature_offsets(p);
@@ -137,10 +140,9 @@ class ProjectConcatBackward {
       // The features' rows part by part, each [columns / NR][k][NR].
 #pragma omp for schedule(dynamic, 1)
       for (int64_t r = 0; r < (p.d_weight ? rows_ : 0); r += PACKED_ROWS) {
-        const int64_t k = r / P / part * part, kb = std::min(part, Kr_ - k);
+        const int64_t at = dwords<Op>(r), k = at / part * part, kb = std::min(part, Kr_ - k);
         for (int64_t d = 0; d < Dp; d += NR)
-          pack_natural<Op>(features, r, std::min(r + PACKED_ROWS, rows_), d,
-                           packed + k * Dp + d * kb + (r / P - k) * NR);
+          pack_natural<Op>(features, r, std::min(r + PACKED_ROWS, rows_), d, packed + k * Dp + d * kb + (at - k) * NR);
       }
 #pragma omp for schedule(dynamic, 1)
       for (int64_t e = 0; e < p.E; e += tall) {
@@ -178,34 +180,36 @@ class ProjectConcatBackward {
   void pack_gradient(int64_t e, int64_t n, float* a, float* total) const {
     constexpr int STEP_ROWS = CHAIN, COLUMNS = P * W;
     for (int64_t j = 0; j < round_up(n, NR); j += W) simd::store(total + j, simd::zero());
-    for (int64_t r0 = 0; r0 < Kr_ * P; r0 += STEP_ROWS)
+    for (int64_t r0 = 0; r0 < Kr_ / PARTS * P; r0 += STEP_ROWS)
       for (int64_t j = 0; j < n; j += COLUMNS) {
         simd::vec sum[2] = {simd::zero(), simd::zero()};
         auto load = [&](int64_t r) {
-          if (r >= rows_) return simd::zero();
-          simd::vec v[2];
+          if (r >= rows_) return Dwords<Op>{};
+          simd::vec v[P];
           gradient_.template floats<Op>(r, e + j, v);
           for (int h = 0; h < P; h++) sum[h] = simd::add(sum[h], v[h]);
-          return PlacedRows::join<Op>(v);
+          return to_dwords<Op>(v);
         };
         if constexpr (P == 1) {
-          for (int64_t r = r0; r < std::min(r0 + STEP_ROWS, rows_); r++) simd::store(a + r * LDE + j, load(r));
+          for (int64_t r = r0; r < std::min(r0 + STEP_ROWS, rows_); r++) simd::store(a + r * LDE + j, load(r).part[0]);
         }
 #if defined(LIMBER_BF16_PAIRS)
         if constexpr (P == 2) {
-          simd::vec lo[W], hi[W];
+          simd::vec lo[PARTS][W], hi[PARTS][W];
           for (int i = 0; i < W; i++) {
-            const simd::vec even = load(r0 + 2 * i);
-            simd::zip_rows(even, load(r0 + 2 * i + 1), lo[i], hi[i]);
+            const auto even = load(r0 + 2 * i), odd = load(r0 + 2 * i + 1);
+            for (int q = 0; q < PARTS; q++) simd::zip_rows(even.part[q], odd.part[q], lo[q][i], hi[q][i]);
           }
           if constexpr (Op::TILES) {
-            simd::transpose(lo), simd::transpose(hi);
-            float* out = a + j * Kr_ + r0 / P * MR;
-            for (int i = 0; i < W; i++, out += W) simd::store(out, lo[i]), simd::store(out + MR / 2 * W, hi[i]);
+            float* out = a + j * Kr_ + dwords<Op>(r0) * MR;
+            for (int q = 0; q < PARTS; q++, out += MR / 2 * W) {
+              simd::transpose(lo[q]), simd::transpose(hi[q]);
+              for (int i = 0; i < W; i++, out += W) simd::store(out, lo[q][i]), simd::store(out + MR / 2 * W, hi[q][i]);
+            }
           } else {
             for (int i = 0; i < W && r0 / P + i < Kr_; i++) {
-              simd::store(a + (r0 / P + i) * LDE + j, lo[i]);
-              simd::store(a + (r0 / P + i) * LDE + j + W, hi[i]);
+              simd::store(a + (r0 / P + i) * LDE + j, lo[0][i]);
+              simd::store(a + (r0 / P + i) * LDE + j + W, hi[0][i]);
             }
           }
         }
@@ -231,10 +235,10 @@ class ProjectConcatBackward {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t d = 0; d < p.D; d += width) {
           const int64_t n = std::min(width, p.D - d), nb = round_up(n, NR);
-          for (int64_t k = 0; k < Ke; k += PACKED_ROWS / P)
+          for (int64_t e = 0; e < p.E; e += PACKED_ROWS)
             for (int64_t j = 0; j < n; j += NR)
-              pack_natural<Op>(weight_rows(p), k * P, std::min(k * P + PACKED_ROWS, p.E), d + j,
-                               block + j * Ke + k * NR);
+              pack_natural<Op>(weight_rows(p), e, std::min(e + PACKED_ROWS, p.E), d + j,
+                               block + j * Ke + dwords<Op>(e) * NR);
           for (int64_t r = r0; r < r1; r += MR) {
             const int R = (int)std::min<int64_t>(MR, r1 - r);
             multiply_strip<Op>(strip, LDC, Op::TILES ? MR : R, Ke, packed + (r - r0) * Ke, block, NR * Ke, nb);
@@ -246,7 +250,8 @@ class ProjectConcatBackward {
   }
 
   // Columns d .. d+n-1 of a gradient's row, from their sums.
-  void write(void* out, int64_t row, int64_t d, int64_t n, const float* sums, bool past_caches) const {
+  void write(void* out, int64_t row, int64_t d, int64_t n, const float* sums, bool past_caches) {
+    finite_.see(sums, n);
     void* to = (char*)out + row * p.D * size_of(p.dtype);
     const simd::vec factor = simd::set1(factor_);
     for (int64_t j = 0; j < n; j += NR)
@@ -262,6 +267,7 @@ class ProjectConcatBackward {
   float factor_;
   PlacedRows gradient_{};
   Buffer<char> between_;
+  Finite<Op> finite_;
 };
 
 }  // namespace limber

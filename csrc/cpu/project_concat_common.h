@@ -5,6 +5,7 @@
 #pragma once
 #include <omp.h>
 
+#include <atomic>
 #include <cmath>
 #include <cstring>
 
@@ -20,7 +21,7 @@ struct ProjectBlocks {
   static constexpr int COLUMNS = 192;         // widest block of C; 128 and 256 are slower on AMX
   static constexpr int LDC = COLUMNS + 16;    // keeps the rows of a strip out of each other's L1 sets
   static constexpr int TALL = 192 / MR * MR;  // rows of a block of the weight's gradient
-  static constexpr int PART = 128;            // dwords of k
+  static constexpr int PART = Op::PARTS == 1 ? 128 : 64 * Op::PARTS;  // dwords of k
   // What a packed block of B may take of L2: 2 MiB on machines with AMX, 1 MiB and less elsewhere.
   static constexpr int64_t B_BYTES = Op::TILES ? 9 << 17 : 1 << 19;
   static constexpr int64_t K_ROWS = 1280;  // rows that the weight's gradient sums before its next block of rows
@@ -89,31 +90,40 @@ struct PlacedRows {
   const void* row(int64_t i) const { return (const char*)base + offset[i] * size_of(dtype); }
 
   template <class Op>
-  simd::vec load(int64_t i, int64_t end, int64_t d) const {
-    if (i >= end) return simd::zero();
+  Dwords<Op> load(int64_t i, int64_t end, int64_t d) const {
+    if (i >= end) return {};
     if (!dropout) return load_dwords<Op>(dtype, row(i), d, D - d);
-    simd::vec v[2];
+    simd::vec v[Op::P];
     floats<Op>(i, d, v);
-    return join<Op>(v);
+    return to_dwords<Op>(v);
   }
   // The Op::P W elements from column d on, as floats.
   template <class Op>
   void floats(int64_t i, int64_t d, simd::vec* v) const {
-    const void* p = row(i);
-    for (int h = 0; h < Op::P; h++) v[h] = load_as_float(dtype, p, d + h * simd::W, D - d - h * simd::W);
+    load_floats<Op>(dtype, row(i), d, D - d, v);
     if (!dropout) return;
     alignas(64) float keep[Op::P * simd::W];
     dropout->factors<Op::P * simd::W>(dropout->key(i), d, 1.f, keep);
     for (int h = 0; h < Op::P; h++) v[h] = simd::mul(v[h], simd::load(keep + h * simd::W));
   }
-  template <class Op>
-  static simd::vec join(const simd::vec* v) {
-    if constexpr (Op::P == 1) return v[0];
-#if defined(LIMBER_BF16_PAIRS)
-    else
-      return simd::round_pairs(v[0], v[1]);
-#endif
+};
+
+// Whether all sums of several parts' products are finite. An infinity has no parts: where one is among the inputs its
+// sums are NaN or infinite, and only the arithmetic of F32 tells which.
+template <class Op>
+class Finite {
+ public:
+  void see(const float* sums, int64_t n) {
+    if constexpr (Op::PARTS > 1) {
+      simd::vec none = simd::zero();
+      for (int64_t j = 0; j < n; j += simd::W) none = simd::fma(simd::load(sums + j), simd::zero(), none);
+      if (simd::sum(none) != 0.f) all_.store(false, std::memory_order_relaxed);
+    }
   }
+  operator bool() const { return all_.load(std::memory_order_relaxed); }
+
+ private:
+  std::atomic<bool> all_{true};
 };
 
 inline int64_t prompt_rows(const ProjectConcatParams& p) { return p.n_images * p.k; }

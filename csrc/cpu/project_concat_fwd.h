@@ -24,7 +24,7 @@ class Projection {
         out_(out),
         place_(place),
         rows_(prompt_rows(p)),
-        few_(rows_ <= FEW),
+        few_(Op::PARTS == 1 && rows_ <= FEW),
         few_tiles_(Op::TILES && few_ && p.D % (Op::P * Op::K_STEP) == 0 && p.E >= FEW_COLUMNS),
         Kd_(dwords<Op>(p.D)),
         width_(few_ ? FEW_COLUMNS : B::columns(p.E, Kd_, p.threads)),
@@ -35,6 +35,8 @@ class Projection {
         keys_(p.dropout ? rows_ : 0) {
     if (p.dropout) mask_.emplace(p.seed, p.threshold);
   }
+
+  bool finite() const { return finite_; }
 
   // By all threads of a parallel region; a barrier ends it.
   void run() {
@@ -51,14 +53,14 @@ class Projection {
       else if (few_)
         for (int64_t i = 0; i < rows_; i++)
           for (int64_t k = 0; k < Kd_; k += W)
-            simd::store(packed_ + i * round_up(Kd_, W) + k, features_.template load<Op>(i, rows_, k * Op::P));
+            simd::store(packed_ + i * round_up(Kd_, W) + k, features_.template load<Op>(i, rows_, k * Op::P).part[0]);
       else
         pack_rows<Op>(features_, r, std::min<int64_t>(r + MR, rows_), packed_ + r * Kd_);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t e = 0; e < p.E; e += width_) {
       const int64_t n = std::min(width_, p.E - e);
       if (few_) {
-        few_tiles_ ? tile_rows(e, n, strip) : dot_rows(e, n, strip);
+        if constexpr (Op::PARTS == 1) few_tiles_ ? tile_rows(e, n, strip) : dot_rows(e, n, strip);
         for (int64_t r = 0; r < rows_; r++) write(r, e, n, strip + r * FEW_COLUMNS);
         continue;
       }
@@ -78,8 +80,9 @@ class Projection {
 
   char* row(int64_t r) const { return (char*)out_ + (place_ ? place_[r] : r) * p.E * size_of(p.dtype); }
 
-  void write(int64_t r, int64_t e, int64_t n, const float* sums) const {
+  void write(int64_t r, int64_t e, int64_t n, const float* sums) {
     void* to = row(r);
+    finite_.see(sums, n);
     alignas(64) float keep[NR];
     for (int64_t j = 0; j < n; j += NR) {
       if (p.dropout) mask_->template factors<NR>(keys_[r], e + j, p.factor, keep);
@@ -126,7 +129,8 @@ class Projection {
       for (int g = 0; g < G; g++) sum[0][g] = sum[1][g] = simd::zero();
       for (int64_t k = 0; k < Kd_; k += W) {
         const int64_t d = k * Op::P;
-        const simd::vec a = load_dwords<Op>(p.dtype, w0, d, p.D - d), b = load_dwords<Op>(p.dtype, w1, d, p.D - d);
+        const simd::vec a = load_dwords<Op>(p.dtype, w0, d, p.D - d).part[0],
+                        b = load_dwords<Op>(p.dtype, w1, d, p.D - d).part[0];
 #pragma GCC unroll 8
         for (int g = 0; g < G; g++) {
           const simd::vec f = simd::load(x + g * ld + k);
@@ -153,6 +157,7 @@ class Projection {
   const Buffer<float> packed_, scratch_;
   const Buffer<Dropout::Key> keys_;
   std::optional<Dropout> mask_;
+  Finite<Op> finite_;
 };
 
 template <class Op>
@@ -161,7 +166,8 @@ class ProjectConcatForward {
   explicit ProjectConcatForward(const ProjectConcatParams& params)
       : p(params), projection(params, params.inputs_embeds, params.positions) {}
 
-  void run() {
+  // False: an infinity was among the inputs (see Finite), and the outputs are not to be used.
+  bool run() {
     advise_huge_pages(p.inputs_embeds, p.tokens * p.E * size_of(p.dtype));
 #pragma omp parallel num_threads(p.threads)
     {
@@ -174,6 +180,7 @@ class ProjectConcatForward {
         for (int64_t r = 0; r < prompt_rows(p); r++) normalize(row(p.positions[r]));
       }
     }
+    return projection.finite();
   }
 
  private:

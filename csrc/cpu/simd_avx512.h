@@ -95,17 +95,22 @@ struct simd {
   static vec load_pairs(const uint16_t* p, int64_t n) {
     return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(n >= 32 ? ~0u : n <= 0 ? 0 : (1u << n) - 1, p));
   }
-  static vec divide_pairs(vec pairs, vec s) {
-    __m512i u = _mm512_castps_si512(pairs);
-    vec even = div(_mm512_castsi512_ps(_mm512_slli_epi32(u, 16)), s),
-        odd = div(_mm512_castsi512_ps(_mm512_and_si512(u, _mm512_set1_epi32(0xffff0000))), s);
-    __m512i e = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even)),
-            o = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
-    return _mm512_castsi512_ps(_mm512_or_si512(e, _mm512_slli_epi32(o, 16)));
-  }
   static vec round_pairs(vec lo, vec hi) {
     return _mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(hi, lo));
   }  // 32 floats in order
+#if defined(LIMBER_ISA_AMX)
+  // 32 floats, each the sum of N bf16, largest first. Three hold all 24 bits of a float.
+  template <int N>
+  static void split_pairs(vec lo, vec hi, vec* part) {
+    for (int q = 0; q < N; q++) {
+      part[q] = round_pairs(lo, hi);
+      if (q + 1 == N) break;
+      const __m512i u = _mm512_castps_si512(part[q]);
+      auto widen = [](__m256i h) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)); };
+      lo = sub(lo, widen(_mm512_castsi512_si256(u))), hi = sub(hi, widen(_mm512_extracti64x4_epi64(u, 1)));
+    }
+  }
+#endif
   // Two rows of 32 bf16 -> 32 row pairs, columns in order.
   static void zip_rows(vec a, vec b, vec& lo, vec& hi) {
     const __m512i even = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,

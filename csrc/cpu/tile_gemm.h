@@ -57,14 +57,10 @@ static __attribute__((noinline)) void micro_rows(int R, int64_t K, const float* 
   for (; R >= 1; R -= 1, A += RS, C += ldc) micro<Op, 1, RS, KS, ACC>(K, A, B, C, ldc);
 }
 
-// C[R x min(cols, NR)] = A B, or += with accumulate. K goes in chains of 128 dwords: one chain over D = 512 has twice
-// the rounding error of eager.
+// K goes in chains of 128 dwords: one chain over D = 512 has twice the rounding error of eager.
 template <class Op, int RS, int KS>
-static inline void gemm_tile(int R, int64_t K, const float* A, const float* B, float* C, int64_t ldc, int64_t cols,
-                             bool accumulate) {
-#if defined(LIMBER_ISA_AMX)
-  if constexpr (Op::TILES) return tile_gemm(R, K, A, B, C, ldc, cols, accumulate);
-#endif
+static inline void vector_gemm(int R, int64_t K, const float* A, const float* B, float* C, int64_t ldc, int64_t cols,
+                               bool accumulate) {
   constexpr int64_t CHAIN = 128;
   auto chains = [&](float* c, int64_t ld, bool add) {
     for (int64_t k = 0; k < K; k += CHAIN, add = true)
@@ -80,32 +76,52 @@ static inline void gemm_tile(int R, int64_t K, const float* A, const float* B, f
     for (int64_t j = 0; j < cols; j++) C[r * ldc + j] = edge[r * NR + j] + (accumulate ? C[r * ldc + j] : 0.f);
 }
 
-// A matrix to be packed is any `Source` with rows: load<Op>(row, end, feature) gives dwords as Rows does.
+// C[R x min(cols, NR)] = A B, or += with accumulate. AMX tiles read packed panels alone.
+template <class Op, int RS, int KS>
+static inline void gemm_tile(int R, int64_t K, const float* A, const float* B, float* C, int64_t ldc, int64_t cols,
+                             bool accumulate) {
+#if defined(LIMBER_ISA_AMX)
+  if constexpr (Op::TILES) return tile_gemm<Op::PARTS>(R, K, A, B, C, ldc, cols, accumulate);
+#endif
+  if constexpr (!Op::TILES) vector_gemm<Op, RS, KS>(R, K, A, B, C, ldc, cols, accumulate);
+}
+
+// A matrix to be packed is any `Source` with rows: load<Op>(row, end, feature) gives dwords as Rows does. With several
+// parts a step of k, W dwords, holds them one after the other.
 // Transposed panels: dst[panel][k][WIDTH] dwords from rows begin .. end-1, WIDTH rows a panel, zero padded; k runs over
 // all of D.
 template <class Op, int WIDTH, class Source>
 static void pack_transposed(const Source& rows, int64_t begin, int64_t end, float* dst) {
-  constexpr int W = simd::W;
+  constexpr int W = simd::W, PARTS = Op::PARTS;
   const int64_t Kd = dwords<Op>(rows.D);
   for (int64_t p = begin; p < end; p += WIDTH, dst += Kd * WIDTH)
     for (int h = 0; h < WIDTH; h += W)
-      for (int64_t k = 0; k < Kd; k += W) {
-        simd::vec v[W];
-        for (int i = 0; i < W; i++) v[i] = rows.template load<Op>(h + i < WIDTH ? p + h + i : end, end, k * Op::P);
-        simd::transpose(v);
-        for (int i = 0; i < W && k + i < Kd; i++) simd::store_first(dst + (k + i) * WIDTH + h, v[i], WIDTH - h);
+      for (int64_t k = 0; k < Kd; k += W * PARTS) {
+        simd::vec v[PARTS][W];
+        for (int i = 0; i < W; i++) {
+          const auto x = rows.template load<Op>(h + i < WIDTH ? p + h + i : end, end, k / PARTS * Op::P);
+          for (int q = 0; q < PARTS; q++) v[q][i] = x.part[q];
+        }
+        for (int q = 0; q < PARTS; q++) {
+          simd::transpose(v[q]);
+          for (int i = 0; i < W && k + q * W + i < Kd; i++)
+            simd::store_first(dst + (k + q * W + i) * WIDTH + h, v[q][i], WIDTH - h);
+        }
       }
 }
 
-// What a register tile reads as A: panels of MR rows, transposed, or AMX's [step][half][16][16] (tile_amx.h).
+// What a register tile reads as A: panels of MR rows, transposed, or AMX's [step][part][half][16][16] (tile_amx.h).
 template <class Op, class Source>
 static void pack_rows(const Source& rows, int64_t begin, int64_t end, float* dst) {
   if constexpr (!Op::TILES)
     return pack_transposed<Op, Op::MR>(rows, begin, end, dst);
   else
     for (int64_t p = begin; p < end; p += Op::MR)
-      for (int64_t d = 0; d < rows.D; d += Op::P * Op::K_STEP)
-        for (int r = 0; r < Op::MR; r++, dst += simd::W) simd::store(dst, rows.template load<Op>(p + r, end, d));
+      for (int64_t d = 0; d < rows.D; d += Op::P * Op::K_STEP, dst += Op::PARTS * Op::MR * simd::W)
+        for (int r = 0; r < Op::MR; r++) {
+          const auto x = rows.template load<Op>(p + r, end, d);
+          for (int q = 0; q < Op::PARTS; q++) simd::store(dst + (q * Op::MR + r) * simd::W, x.part[q]);
+        }
 }
 
 // Natural panel: dst[k][NR] dwords for features d .. d+NR-1 of rows begin .. end-1; k is a row, or a pair of rows for
@@ -113,17 +129,22 @@ static void pack_rows(const Source& rows, int64_t begin, int64_t end, float* dst
 template <class Op, class Source>
 static void pack_natural(const Source& rows, int64_t begin, int64_t end, int64_t d, float* dst) {
   constexpr int W = simd::W;
-  const int64_t padded = begin + dwords<Op>(end - begin) * Op::P;
-  for (int64_t i = begin; i < padded; i += Op::P, dst += NR) {
+  const int64_t padded = begin + dwords<Op>(end - begin) / Op::PARTS * Op::P;
+  for (int64_t i = begin, k = 0; i < padded; i += Op::P, k++) {
     if constexpr (Op::P == 1)
       for (int h = 0; h < 2; h++)
-        simd::store(dst + h * W, d + h * W < rows.D ? rows.template load<Op>(i, end, d + h * W) : simd::zero());
+        simd::store(dst + k * NR + h * W,
+                    d + h * W < rows.D ? rows.template load<Op>(i, end, d + h * W).part[0] : simd::zero());
 #if defined(LIMBER_BF16_PAIRS)
     else {
-      simd::vec lo, hi;
-      simd::zip_rows(rows.template load<Op>(i, end, d), rows.template load<Op>(i + 1, end, d), lo, hi);
-      simd::store(dst, lo);
-      simd::store(dst + W, hi);
+      const auto x = rows.template load<Op>(i, end, d), y = rows.template load<Op>(i + 1, end, d);
+      for (int q = 0; q < Op::PARTS; q++) {
+        float* out = dst + ((k / W * Op::PARTS + q) * W + k % W) * NR;
+        simd::vec lo, hi;
+        simd::zip_rows(x.part[q], y.part[q], lo, hi);
+        simd::store(out, lo);
+        simd::store(out + W, hi);
+      }
     }
 #endif
   }

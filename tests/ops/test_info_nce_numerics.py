@@ -111,6 +111,21 @@ def test_tiny_and_huge_rows_under_normalize(engine, poisoned):
         assert cases.errors(found[1][i], true[1][i])[0] < 1e-5, i
 
 
+@pytest.mark.parametrize("cache_mb", [0, 256])
+@pytest.mark.parametrize("towers_scale, loss_scale", [(1.0, 1e-28), (1.0, 1e25), (1e-18, 1.0), (1e16, 1e-20)])
+def test_sizes_that_bf16_parts_do_not_hold(engine, poisoned, towers_scale, loss_scale, cache_mb):
+    """AMX multiplies fp32 in bf16 parts, the smallest 2^-16 of a value: none may vanish or overflow."""
+    image, text, scale = cases.towers("unit", 70, 70, 48, torch.float32)
+    image, text, scale = image * towers_scale, text * towers_scale, scale / towers_scale**2
+    leaves = [x.requires_grad_() for x in (image, text)]
+    loss = info_nce(*leaves, scale, backend=engine, cache_mb=cache_mb) * loss_scale
+    true_leaves = [x.detach().double().requires_grad_() for x in leaves]
+    true = reference(*true_leaves, scale)[0] * loss_scale
+    pairs = zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(true, true_leaves), strict=True)
+    for found, expected in pairs:
+        assert cases.errors(found, expected)[0] < 2e-6
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("variant, symmetric", [("softmax", True), ("softmax", False), ("sigmoid", False)])
 @pytest.mark.parametrize("value", [nan, math.inf, -math.inf])
