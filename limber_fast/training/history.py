@@ -7,7 +7,9 @@ import os
 from collections import defaultdict
 from pathlib import Path
 
-COLUMNS = ("step", "seconds", "loss", "image_text_loss", "image_image_loss", "scale", "accuracy", "learning_rate")
+COLUMNS = (
+    "step", "seconds", "loss", "image_text_loss", "image_image_loss", "word_loss", "scale", "accuracy", "learning_rate"
+)  # fmt: skip
 
 
 class History:
