@@ -112,7 +112,7 @@ def test_tiny_and_huge_rows_under_normalize(engine, poisoned):
 
 
 @pytest.mark.parametrize("cache_mb", [0, 256])
-@pytest.mark.parametrize("towers_scale, loss_scale", [(1.0, 1e-28), (1.0, 1e25), (1e-18, 1.0), (1e16, 1e-20)])
+@pytest.mark.parametrize("towers_scale, loss_scale", [(1.0, 1e-28), (1.0, 1e25), (1e-18, 1.0), (1e16, 1.0)])
 def test_sizes_that_bf16_parts_do_not_hold(engine, poisoned, towers_scale, loss_scale, cache_mb):
     """AMX multiplies fp32 in bf16 parts, the smallest 2^-16 of a value: none may vanish or overflow."""
     image, text, scale = cases.towers("unit", 70, 70, 48, torch.float32)
