@@ -2,14 +2,17 @@
 
 from limber_fast.dispatch import BackendUnavailable, use_backend
 from limber_fast.losses import ClipLoss, SigLipLoss
+from limber_fast.models.gptj import GPTJ, GPTJConfig
 from limber_fast.ops.info_nce import InfoNceStats, info_nce
 from limber_fast.ops.int8_linear import Int8Weight, int8_linear, quantize_int8
 from limber_fast.ops.project_concat import project_concat
 
 __version__ = "0.1.0"
 __all__ = [
+    "GPTJ",
     "BackendUnavailable",
     "ClipLoss",
+    "GPTJConfig",
     "InfoNceStats",
     "Int8Weight",
     "SigLipLoss",

@@ -10,7 +10,9 @@ import torch
 
 from limber_fast import native
 
-sys.path.insert(0, str(Path(__file__).parent))
+# `python -m pytest` puts the repository root on sys.path, where transformers takes kernels/ for a package it knows.
+_TESTS = Path(__file__).resolve().parent
+sys.path[:] = [str(_TESTS), *(path for path in sys.path if Path(path or ".").resolve() != _TESTS.parent)]
 
 OWN_KERNELS = [f"cpu-{isa}" for isa in native.available_isas()]
 ENGINES = ["eager", *OWN_KERNELS]

@@ -2,6 +2,7 @@
 TypeError for dtype and kind. One module per op, over what they share."""
 
 from limber_fast.checks.general import *  # noqa: F403
+from limber_fast.checks.gptj import *  # noqa: F403
 from limber_fast.checks.info_nce import *  # noqa: F403
 from limber_fast.checks.int8_linear import *  # noqa: F403
 from limber_fast.checks.project_concat import *  # noqa: F403

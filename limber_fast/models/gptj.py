@@ -1,0 +1,172 @@
+"""GPT-J with frozen int8 weights: from a checkpoint or at random, trained through, and generating."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from limber_fast import checks
+from limber_fast.models import gptj_files, gptj_generate
+from limber_fast.models.gptj_config import GPTJConfig
+from limber_fast.models.gptj_generate import Generation, OnToken, Sampler, Stopping
+from limber_fast.models.gptj_model import FrozenGPTJ, GPTJOutput
+from limber_fast.models.gptj_weights import BNB_SCALES, Filling, randomise
+
+__all__ = ["GPTJ", "GPTJConfig", "GPTJOutput", "Generation"]
+
+_OP = "GPTJ"
+
+
+class GPTJ(FrozenGPTJ):
+    """GPT-J, frozen: int8 weights with one scale per output channel (or floating-point ones), no trained parameter.
+
+    For each block ``h = LayerNorm(x); x = x + out_proj(attention(h)) + fc_out(gelu_new(fc_in(h)))``, then a last
+    LayerNorm and the head. Linear maps run over the tokens of all sequences, packed: padding costs nothing. Gradients
+    reach `inputs_embeds`, and with them whatever made them (soft prompts); the weights have none.
+
+    Make one by `from_pretrained`, `from_config` or, of an already loaded transformers model, `from_transformers`; the
+    constructor leaves the weights uninitialised.
+
+    Args:
+        config: the sizes.
+        weights: 'int8' or 'float'.
+        compute: of `limber_fast.int8_linear`: 'w8a16' or 'w8a8'. `model.compute` may be set later.
+        outlier_threshold: the same, of w8a8.
+        dtype: of activations, embeddings and LayerNorms, and of 'float' weights.
+
+    Source: Wang and Komatsuzaki, GPT-J-6B (2021); Dettmers et al., arXiv 2208.07339, for the int8 products.
+    """
+
+    @classmethod
+    def from_config(
+        cls, config: GPTJConfig, seed: int = 0, *, device: torch.device | str | None = None, **precision: Any
+    ) -> GPTJ:
+        """Random weights of standard deviation `initializer_range`, biases 0 and LayerNorms 1, tensor by tensor: int8
+        integers are drawn as such, and no floating-point matrix is held. `precision` as in the constructor."""
+        model = cls(config, device="meta", **precision)
+        randomise(model, seed, device)
+        return model
+
+    @classmethod
+    def from_transformers(cls, model: nn.Module, *, device: torch.device | str | None = None, **precision: Any) -> GPTJ:
+        """The weights of a loaded GPTJForCausalLM (bitsandbytes' int8 layers too), quantised matrix by matrix; the
+        model stays as it is. `precision` as in the constructor."""
+        source = type(model).__name__
+        config = getattr(model, "config", None)
+        if not hasattr(config, "to_dict"):
+            raise checks.invalid(f"{_OP}.from_transformers", "model", "be a GPTJForCausalLM", source, kind=TypeError)
+        result = cls(GPTJConfig.from_dict(config.to_dict(), source), device="meta", **precision)
+        filling = Filling(result, source, device)
+        tensors = model.state_dict()
+        filling.check_names(tensors)
+        for name, tensor in tensors.items():
+            scales = tensors.get(name.removesuffix(".weight") + BNB_SCALES) if tensor.dtype == torch.int8 else None
+            filling.add(name, tensor, scales)
+        return filling.done()
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | os.PathLike[str] | nn.Module, *, weights: str | None = None, compute: str | None = None,
+        outlier_threshold: float | None = None, dtype: torch.dtype | None = None, mmap: bool = True,
+        device: torch.device | str | None = None,
+    ) -> GPTJ:  # fmt: skip
+        """A model from a folder: of `save_pretrained`, or Hugging Face's (safetensors, or .bin by weights_only).
+
+        A Hugging Face checkpoint is quantised shard by shard: beside the int8 model at most one shard is held. Missing,
+        additional, mis-shaped or truncated tensors raise before a model exists, and nothing in a file is executed.
+
+        Args:
+            source: the folder; or a loaded transformers model, as for `from_transformers`.
+            weights, compute, outlier_threshold, dtype: as in the constructor; by default what was saved, and 'int8',
+                'w8a16', 6.0 and bfloat16 for Hugging Face's.
+            mmap: of a saved model: leave the weights in the file's pages, shared between processes and read on first
+                use, instead of copying them to memory of their own.
+
+        Raises: ValueError with one line that names the file or tensor, what was expected and what was found.
+        """
+        given = {"weights": weights, "compute": compute, "outlier_threshold": outlier_threshold, "dtype": dtype}
+        given = {name: value for name, value in given.items() if value is not None}
+        if isinstance(source, nn.Module):
+            return cls.from_transformers(source, device=device, **given)
+        folder = Path(source)
+        found = gptj_files.read_config(folder)
+        config = GPTJConfig.from_dict(found, str(folder / "config.json"))
+        saved = gptj_files.saved_facts(folder, found)
+        if saved is None:
+            model = cls(config, device="meta", **given)
+            filling = Filling(model, str(folder), device)
+            gptj_files.fill_from_folder(filling, folder)
+            return filling.done()
+        data = saved.pop("data")
+        for name in ("weights", "dtype"):
+            if given.get(name, saved[name]) != saved[name]:
+                remedy = "load the original checkpoint instead"
+                raise checks.invalid(
+                    f"{_OP}.from_pretrained", name, f"be {saved[name]}, as saved", f"{given[name]}", remedy
+                )
+        model = cls(config, device="meta", **saved | given)
+        gptj_files.load(model, data, mmap, device)
+        return model
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes config.json and one safetensors file, int8 weights as they are; an older saved model in the folder is
+        replaced in one rename, at the end, and other files stay. A failure leaves the folder as it was.
+
+        Raises: ValueError where the folder holds another model. OSError, as for a full disk.
+        """
+        gptj_files.save(self, Path(folder))
+
+    def generate(
+        self,
+        input_ids: str | Sequence[Any] | Tensor | None = None,
+        *,
+        inputs_embeds: Sequence[Tensor] | Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        max_new_tokens: int = 100,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        stop_strings: str | Sequence[str] = (),
+        repetition_stop: int | None = None,
+        tokenizer: Any = None,
+        on_token: OnToken | None = None,
+    ) -> Generation:
+        """Continues a batch of prompts, each of its own length.
+
+        Args:
+            input_ids: a text or ids, or a list of either (no padding), or a tensor [B, S]; or
+            inputs_embeds: a list of [S_b, E], or a tensor [B, S, E]: soft prompts and embedded text.
+            attention_mask: [B, S] beside a tensor of prompts, 0 where there is padding, on whichever side.
+            max_new_tokens: behind each prompt; together at most n_positions.
+            temperature: 0 takes the most likely token; otherwise logits are divided by it and a token is drawn.
+            top_k, top_p: draw among the k likeliest tokens, then among the fewest whose probabilities reach p.
+            seed: of the draws; row r draws by seed + r, whatever the other rows are. By default torch's generator.
+            eos_token_id: end of text, one id or several; by default the config's, () for none.
+            stop_strings: end a text that holds one, which is cut off. Needs `tokenizer`.
+            repetition_stop: end a text whose last tokens are one phrase, of any length, so many times in a row.
+            tokenizer: of transformers: encodes prompts of text, and makes `texts`.
+            on_token: called as (row, token, text) with every token; text is what has become certain since, so that all
+                pieces together are the row's final text.
+
+        Returns: Generation with tokens, texts and what ended each.
+        Raises: ValueError or TypeError for arguments that break this, before anything is computed.
+        """
+        eos = self.config.eos_token_ids if eos_token_id is None else eos_token_id
+        eos = (eos,) if isinstance(eos, int) else tuple(eos)
+        strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
+        sampler = Sampler(temperature, top_k, top_p)
+        stopping = Stopping(eos, strings, repetition_stop, tokenizer)
+        sampler.check()
+        stopping.check()
+        with torch.no_grad():
+            x, lengths = gptj_generate.packed_prompts(self, input_ids, inputs_embeds, attention_mask, tokenizer)
+        gptj_generate.check_room(lengths, max_new_tokens, self.config.n_positions)
+        seed = int(torch.randint(2**62, ())) if seed is None else seed
+        return gptj_generate.generate(self, x, lengths, max_new_tokens, sampler, seed, stopping, on_token)

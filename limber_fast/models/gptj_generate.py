@@ -1,0 +1,211 @@
+"""Generation: prompts in many forms to packed rows, choosing tokens, and what ends a text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from limber_fast import checks
+
+_OP = "GPTJ.generate"
+OnToken = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was generated, per prompt.
+
+    Attributes:
+        tokens: the new ids, with the end-of-text id or the tokens of the stop string that ended them.
+        texts: the same as text, without end of text and without the stop string; None where no tokenizer was given.
+        stopped: 'eos', 'stop_string', 'repetition' or 'length' (max_new_tokens).
+    """
+
+    tokens: list[list[int]]
+    texts: list[str] | None
+    stopped: list[str]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Chooses one token a row: the most likely one at temperature 0, otherwise one drawn after top_k and top_p.
+
+    Row r draws from a generator of its own, of seed + r: what it says does not depend on the rows beside it.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def check(self) -> None:
+        checks.not_negative(_OP, "temperature", self.temperature)
+        if self.top_k is not None:
+            checks.size(_OP, "top_k", self.top_k)
+        if self.top_p is not None:
+            checks.real(_OP, "top_p", self.top_p)
+            if not 0 < self.top_p <= 1:
+                raise checks.invalid(_OP, "top_p", "lie within (0, 1]", repr(self.top_p))
+        if self.temperature == 0 and (self.top_k or self.top_p):
+            given = "top_k" if self.top_k else "top_p"
+            raise checks.invalid(_OP, given, "go with a temperature", "temperature 0, which is greedy", "set one")
+
+    def __call__(self, logits: Tensor, generators: Sequence[torch.Generator]) -> list[int]:
+        """logits: [B, V] fp32."""
+        if self.temperature == 0:
+            return logits.argmax(-1).tolist()
+        kept = logits.shape[-1] if self.top_k is None else min(self.top_k, logits.shape[-1])
+        if self.top_k is None and self.top_p is None:
+            scores, ids = logits, None
+        else:
+            scores, ids = logits.topk(kept, dim=-1)  # in falling order
+        scores = scores / self.temperature
+        if self.top_p is not None:
+            before = scores.softmax(-1).cumsum(-1) - scores.softmax(-1)  # the likeliest token is always kept
+            scores = scores.masked_fill((before >= self.top_p) & (before > 0), -torch.inf)
+        drawn = torch.stack(
+            [torch.multinomial(row, 1, generator=g) for row, g in zip(scores.softmax(-1), generators, strict=True)]
+        )
+        return (drawn if ids is None else ids.gather(-1, drawn)).flatten().tolist()
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """What ends a text beside max_new_tokens."""
+
+    eos: tuple[int, ...] = ()
+    strings: tuple[str, ...] = ()
+    repetition: int | None = None
+    tokenizer: Any = None
+
+    def check(self) -> None:
+        if not all(isinstance(x, str) and x for x in self.strings):
+            raise checks.invalid(_OP, "stop_strings", "be texts, none of them empty", repr(self.strings))
+        if self.strings and self.tokenizer is None:
+            raise checks.invalid(_OP, "tokenizer", "be given with stop_strings", "None")
+        if self.repetition is not None and not (isinstance(self.repetition, int) and self.repetition >= 2):
+            raise checks.invalid(_OP, "repetition_stop", "be a whole number of at least 2", repr(self.repetition))
+
+    def repeats(self, tokens: list[int]) -> bool:
+        """Whether `tokens` end in one phrase, of whatever length, `repetition` times in a row."""
+        times = self.repetition
+        return times is not None and any(
+            tokens[-p * (times - 1) :] == tokens[-p * times : -p] for p in range(1, len(tokens) // times + 1)
+        )
+
+
+class Row:
+    """One text while it grows."""
+
+    def __init__(self, stopping: Stopping) -> None:
+        self.stopping, self.tokens, self.text, self.sent, self.stopped = stopping, [], "", 0, ""
+
+    def add(self, token: int, last: bool) -> str:
+        """Takes a token; returns the text that is now certain: it ends in no half character and no half stop string."""
+        how = self.stopping
+        self.tokens.append(token)
+        if token in how.eos:
+            self.stopped = "eos"
+        elif how.repeats(self.tokens):
+            self.stopped = "repetition"
+        elif last:
+            self.stopped = "length"
+        if how.tokenizer is None:
+            return ""
+        said = self.tokens[:-1] if self.stopped == "eos" else self.tokens
+        self.text = how.tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        found = [at for at in map(self.text.find, how.strings) if at >= 0]
+        if found:
+            self.text, self.stopped = self.text[: min(found)], "stop_string"
+        certain = len(self.text) if self.stopped else self._certain()
+        piece, self.sent = self.text[self.sent : certain], max(self.sent, certain)
+        return piece
+
+    def _certain(self) -> int:
+        text = self.text.rstrip("\ufffd")  # what a decoder gives for the beginning of a character
+        held = max((n for x in self.stopping.strings for n in range(1, len(x)) if text.endswith(x[:n])), default=0)
+        return len(text) - held
+
+
+def packed_prompts(
+    model: Any, input_ids: Any, inputs_embeds: Any, attention_mask: Tensor | None, tokenizer: Any
+) -> tuple[Tensor, list[int]]:
+    """Prompts of any form as rows [T, E], one after another, and the length of each."""
+    checks.exactly_one(_OP, input_ids=input_ids, inputs_embeds=inputs_embeds)
+    name, prompts = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
+    if isinstance(prompts, str) or (name == "input_ids" and _all(prompts, int)):
+        prompts = [prompts]
+    if _all(prompts, str):
+        if tokenizer is None:
+            raise checks.invalid(_OP, "tokenizer", "be given with prompts of text", "None")
+        prompts = [tokenizer(text).input_ids for text in prompts]
+    if isinstance(prompts, Tensor):
+        checks.sequences(_OP, name, prompts, "[B, S]" if name == "input_ids" else "[B, S, E]", model.wte)
+        rows = list(prompts)
+        if attention_mask is not None:
+            checks.beside(_OP, "attention_mask", attention_mask, prompts.shape[:2], model.wte)
+            rows = [row[kept != 0] for row, kept in zip(rows, attention_mask, strict=True)]
+            checks.no_empty_row(_OP, "attention_mask", [len(row) for row in rows])
+    elif isinstance(prompts, Sequence) and prompts:
+        if attention_mask is not None:
+            raise checks.invalid(_OP, "attention_mask", "go with a tensor of prompts", "a list", "leave padding out")
+        shape = "[S]" if name == "input_ids" else "[S, E]"
+        rows = [x if isinstance(x, Tensor) else torch.as_tensor(x, device=model.device) for x in prompts]
+        for row in rows:
+            checks.sequences(_OP, f"every prompt of {name}", row, shape, model.wte)
+    else:
+        raise checks.invalid(_OP, name, "be prompts", checks.kind_of(prompts), kind=TypeError)
+    x = torch.cat(rows)
+    if name == "input_ids":
+        return model.embed(x), [len(row) for row in rows]
+    checks.embeddings(_OP, name, x, model.config.n_embd)
+    return x.to(model.dtype), [len(row) for row in rows]
+
+
+def _all(prompts: Any, kind: type) -> bool:
+    return isinstance(prompts, (list, tuple)) and bool(prompts) and all(isinstance(x, kind) for x in prompts)
+
+
+def check_room(lengths: list[int], max_new_tokens: int, limit: int) -> None:
+    checks.size(_OP, "max_new_tokens", max_new_tokens)
+    longest = max(lengths)
+    if longest + max_new_tokens > limit:
+        contract = f"fit behind the prompts within n_positions = {limit}"
+        found = f"{max_new_tokens} behind {longest} tokens of prompt {lengths.index(longest)}"
+        raise checks.invalid(_OP, "max_new_tokens", contract, found, f"at most {max(0, limit - longest)} fit")
+
+
+@torch.inference_mode()
+def generate(
+    model: Any, x: Tensor, lengths: list[int], max_new_tokens: int, sampler: Sampler, seed: int, stopping: Stopping,
+    on_token: OnToken | None,
+) -> Generation:  # fmt: skip
+    """Prefill of all prompts at once, then one token a step for every text that has not ended."""
+    rows = [Row(stopping) for _ in lengths]
+    generators = [torch.Generator(x.device).manual_seed((seed + r) % 2**63) for r in range(len(rows))]
+    cache = model.new_cache(len(rows), max(lengths) + max_new_tokens)
+    positions = torch.cat([torch.arange(n, device=x.device) for n in lengths])
+    hidden = model.hidden_states(x, positions, lengths, cache)
+    hidden = hidden[torch.tensor(lengths, device=x.device).cumsum(0) - 1]
+    active = list(range(len(rows)))
+    for step in range(1, max_new_tokens + 1):
+        tokens = sampler(model.lm_head(hidden).float(), [generators[r] for r in active])
+        for r, token in zip(active, tokens, strict=True):
+            piece = rows[r].add(token, last=step == max_new_tokens)
+            if on_token is not None:
+                on_token(r, token, piece)
+        going = [at for at, r in enumerate(active) if not rows[r].stopped]
+        if not going:
+            break
+        if len(going) < len(active):
+            cache.select(going)
+            active, tokens = ([found[at] for at in going] for found in (active, tokens))
+        positions = torch.tensor(cache.positions, device=x.device)
+        rows_of_tokens = F.embedding(torch.tensor(tokens, device=x.device), model.wte)
+        hidden = model.hidden_states(rows_of_tokens, positions, [1] * len(tokens), cache)
+    texts = None if stopping.tokenizer is None else [row.text for row in rows]
+    return Generation([row.tokens for row in rows], texts, [row.stopped for row in rows])

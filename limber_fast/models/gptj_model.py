@@ -1,0 +1,187 @@
+"""The forward pass of a frozen GPT-J: hidden states, logits, loss, and gradients of its inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from limber_fast import checks
+from limber_fast.models.gptj_attention import KVCache, attention, rotations
+from limber_fast.models.gptj_config import GPTJConfig
+from limber_fast.models.gptj_layers import Block, FrozenLayerNorm, FrozenLinear, Precision
+
+_OP = "GPTJ"
+IGNORE_INDEX = -100
+
+
+@dataclass
+class GPTJOutput:
+    """What a forward pass gives.
+
+    Attributes:
+        loss: mean cross entropy over the labelled tokens, fp32; None without labels.
+        cache: the KVCache that was passed in, or None.
+        hidden: [B, S, E], after the last LayerNorm; zeros where the attention mask is 0.
+    """
+
+    hidden: Tensor
+    loss: Tensor | None
+    cache: KVCache | None
+    head: nn.Module = field(repr=False)
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """[B, S, V] in the model's dtype. Computed when first asked for: training and decoding never hold it whole;
+        for some positions take `model.lm_head(output.hidden[...])`."""
+        return self.head(self.hidden)
+
+
+class FrozenGPTJ(nn.Module):
+    """The layers and their forward pass; `limber_fast.GPTJ` adds where weights come from, and generation."""
+
+    def __init__(
+        self, config: GPTJConfig, *, weights: str = "int8", compute: str = "w8a16", outlier_threshold: float = 6.0,
+        dtype: torch.dtype = torch.bfloat16, device: torch.device | str | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        checks.choice(_OP, "weights", weights, ("int8", "float"))
+        checks.choice(_OP, "compute", compute, ("w8a16", "w8a8"))
+        checks.model_dtype(_OP, dtype)
+        self.config, self.precision = config, Precision(weights, dtype, compute, outlier_threshold)
+        width = config.n_embd
+        self.register_buffer("wte", torch.empty(config.vocab_size, width, dtype=dtype, device=device))
+        self.h = nn.ModuleList(Block(config, self.precision, device) for _ in range(config.n_layer))
+        self.ln_f = FrozenLayerNorm(width, config.layer_norm_epsilon, dtype, device)
+        self.lm_head = FrozenLinear(config.vocab_size, width, True, self.precision, device)
+        self.eval()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.wte.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.wte.device
+
+    @property
+    def compute(self) -> str:
+        return self.precision.compute
+
+    @compute.setter
+    def compute(self, value: str) -> None:
+        checks.choice(_OP, "compute", value, ("w8a16", "w8a8"))
+        self.precision.compute = value
+
+    def new_cache(self, batch: int, capacity: int = 64) -> KVCache:
+        """An empty cache for `forward`, of `batch` sequences; it grows where `capacity` tokens do not do."""
+        return KVCache(self.config, batch, self.dtype, self.device, capacity)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Rows of `wte`: ids [...] -> [..., E]."""
+        checks.ids_in_vocabulary(_OP, "input_ids", input_ids, self.config.vocab_size)
+        return F.embedding(input_ids, self.wte)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> GPTJOutput:
+        """Hidden states, loss and, on demand, logits of B sequences.
+
+        Args:
+            input_ids: [B, S] integers; or
+            inputs_embeds: [B, S, E] floating point, converted to the model's dtype. Its gradient trains soft prompts.
+            attention_mask: [B, S], 0 or False for tokens that are not there: padding on either side, or holes. They are
+                not computed, and nothing attends to them.
+            position_ids: [B, S] integers; by default 0, 1, ... S - 1, after a cache from where each sequence stopped.
+                Rotary attention sees differences alone.
+            labels: [B, S] integers, shifted inside: token s is held against labels[:, s + 1]; -100 is ignored, as are
+                the predictions of masked tokens.
+            cache: of `new_cache`: what it holds comes before these tokens, which are added to it. Without gradients.
+
+        Returns: GPTJOutput with loss, logits (computed when read), hidden and cache.
+        Raises: ValueError or TypeError for arguments that break this; a sequence longer than n_positions.
+        """
+        checks.exactly_one(_OP, input_ids=input_ids, inputs_embeds=inputs_embeds)
+        if input_ids is not None:
+            checks.sequences(_OP, "input_ids", input_ids, "[B, S]", self.wte)
+            x = self.embed(input_ids)
+        else:
+            checks.sequences(_OP, "inputs_embeds", inputs_embeds, "[B, S, E]", self.wte)
+            checks.embeddings(_OP, "inputs_embeds", inputs_embeds, self.config.n_embd)
+            x = inputs_embeds.to(self.dtype)
+        batch, length = shape = x.shape[:2]
+        checks.within_context(_OP, length, self.config.n_positions)
+        kept = self._kept(attention_mask, shape)
+        lengths = [length] * batch if kept is None else kept.sum(1).tolist()
+        checks.no_empty_row(_OP, "attention_mask", lengths)
+        positions = torch.arange(length, device=self.device).expand(shape)
+        if cache is not None:
+            checks.fits_cache(_OP, batch, cache.lengths)
+            if kept is not None:  # a cached sequence goes on without gaps
+                positions = (kept.cumsum(1) - 1).clamp(min=0) if any(cache.lengths) else positions
+            positions = positions + torch.tensor(cache.positions, device=self.device)[:, None]
+        if position_ids is not None:
+            checks.beside(_OP, "position_ids", position_ids, shape, self.wte)
+            positions = position_ids
+        if labels is not None:
+            checks.beside(_OP, "labels", labels, shape, self.wte)
+
+        rows, positions = (x.flatten(0, 1), positions.flatten()) if kept is None else (x[kept], positions[kept])
+        hidden = self.hidden_states(rows, positions, lengths, cache)
+        loss = None
+        if labels is not None:
+            following = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+            loss = self.loss(hidden, following.flatten() if kept is None else following[kept])
+        if kept is None:
+            hidden = hidden.view(*shape, -1)
+        else:
+            hidden = hidden.new_zeros(*shape, hidden.shape[-1]).masked_scatter(kept[..., None], hidden)
+        return GPTJOutput(hidden, loss, cache, self.lm_head)
+
+    def _kept(self, attention_mask: Tensor | None, shape: torch.Size) -> Tensor | None:
+        """[B, S] bool, None where all tokens are."""
+        if attention_mask is None:
+            return None
+        checks.beside(_OP, "attention_mask", attention_mask, shape, self.wte)
+        kept = attention_mask != 0
+        return None if kept.all() else kept
+
+    def hidden_states(self, x: Tensor, positions: Tensor, lengths: list[int], cache: KVCache | None = None) -> Tensor:
+        """The packed core of `forward`: [T, E], after the last LayerNorm.
+
+        Args:
+            x: [T, E] in the model's dtype, T = sum(lengths): the tokens of B sequences, one after another.
+            positions: [T]. lengths: tokens of each sequence. cache: as in `forward`.
+        """
+        last = int(positions.max()) + 1
+        checks.within_context(_OP, last, self.config.n_positions, "shorten it or generate fewer tokens")
+        if cache is not None:
+            cache.reserve(max(held + new for held, new in zip(cache.lengths, lengths, strict=True)))
+        rotation = rotations(self.config, positions)
+        for index, block in enumerate(self.h):
+            attend = partial(
+                attention, rotation=rotation, lengths=lengths, config=self.config, cache=cache, layer=index
+            )
+            x = block(x, attend)
+        if cache is not None:
+            ends = torch.tensor(lengths).cumsum(0) - 1
+            cache.lengths = [held + new for held, new in zip(cache.lengths, lengths, strict=True)]
+            cache.positions = (positions[ends.to(positions.device)] + 1).tolist()
+        return self.ln_f(x)
+
+    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross entropy, fp32, of hidden [T, E] against labels [T]; only labelled rows meet the head."""
+        labelled = labels != IGNORE_INDEX
+        labels = labels[labelled]
+        checks.labels_in_vocabulary(_OP, labels, self.config.vocab_size)
+        return F.cross_entropy(self.lm_head(hidden[labelled]).float(), labels.long())

@@ -1,0 +1,34 @@
+"""Small GPT-Js of transformers with random weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+SIZES = {  # widths that are no multiple of a tile; a second one closer to GPT-J's proportions
+    "tiny": dict(vocab_size=301, n_positions=96, n_embd=84, n_layer=3, n_head=3, rotary_dim=12),
+    "medium": dict(vocab_size=1031, n_positions=256, n_embd=512, n_layer=4, n_head=4, rotary_dim=64),
+}
+
+
+def transformers_gptj(size: str, seed: int = 0):
+    """Weights of GPT-J-6B's gain, 0.02 at width 4096; biases and LayerNorms are not at their initial values."""
+    transformers = pytest.importorskip("transformers")
+    width = SIZES[size]["n_embd"]
+    config = transformers.GPTJConfig(
+        **SIZES[size], bos_token_id=1, eos_token_id=0, initializer_range=0.02 * (4096 / width) ** 0.5
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = transformers.GPTJForCausalLM(config).eval()
+    for x in model.parameters():
+        x.requires_grad_(False)
+        if x.ndim == 1:
+            x += 0.1 * torch.randn(x.shape, generator=generator)
+    return model
+
+
+def ids_of(model, batch: int, length: int, seed: int = 3) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, model.config.vocab_size, (batch, length), generator=generator)
