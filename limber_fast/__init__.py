@@ -3,6 +3,7 @@
 from limber_fast.dispatch import BackendUnavailable, use_backend
 from limber_fast.losses import ClipLoss, SigLipLoss
 from limber_fast.models.gptj import GPTJ, GPTJConfig
+from limber_fast.ops.frozen_cross_entropy import frozen_cross_entropy
 from limber_fast.ops.info_nce import InfoNceStats, info_nce
 from limber_fast.ops.int8_linear import Int8Weight, int8_linear, quantize_int8
 from limber_fast.ops.project_concat import project_concat
@@ -16,6 +17,7 @@ __all__ = [
     "InfoNceStats",
     "Int8Weight",
     "SigLipLoss",
+    "frozen_cross_entropy",
     "info_nce",
     "int8_linear",
     "project_concat",

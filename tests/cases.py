@@ -181,6 +181,7 @@ def eager_project_concat(
     inputs_embeds = F.embedding(input_ids.masked_fill(is_image, 0), embedding).to(features.dtype)
     return inputs_embeds.masked_scatter(is_image[..., None], soft_prompts)
 
+
 # M, N, K of int8 products: every ragged size in every place; one row, a few, whole tiles, and more than one block or
 # chunk of the reduction.
 INT8_SHAPES = (
@@ -215,3 +216,32 @@ def eager_int8_linear(
     if activation is not None:
         y = F.gelu(y, approximate="tanh")
     return y if residual is None else y + residual
+
+
+# Rows, vocabulary, features of a language model's head: one row, several blocks of rows, chunks of the vocabulary.
+HEAD_SHAPES = (
+    (1, 1, 1), (1, 33, 65), (5, 4097, 31), (40, 333, 70), (67, 9000, 161), (300, 130, 500), (600, 4160, 40),
+)  # fmt: skip
+
+
+@lru_cache(maxsize=16)
+def head(rows: int, vocabulary: int, d: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Hidden rows after a LayerNorm, a head with logits of a few nats, labels of which every third is missing."""
+    generator = torch.Generator().manual_seed(19)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    labels = torch.randint(0, vocabulary, (rows,), generator=generator)
+    labels[1::3] = -100
+    values = {"hidden": normal(rows, d), "weight": 3 * normal(vocabulary, d) / d**0.5, "bias": normal(vocabulary),
+              "grad": normal(rows)}  # fmt: skip
+    return {"labels": labels, **{name: value.to(dtype) for name, value in values.items()}}
+
+
+def eager_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, reduction: str = "mean"
+) -> Tensor:
+    """As language models have it: all logits, cross entropy in fp32 or wider."""
+    z = F.linear(hidden, weight, bias)
+    return F.cross_entropy(z if z.dtype == torch.float64 else z.float(), labels, reduction=reduction)

@@ -72,6 +72,7 @@ PYBIND11_MODULE(LIMBER_MODULE, m) {
       .def(py::init<int64_t>(), py::arg("bytes"))
       .def_buffer([](Scratch& s) { return py::buffer_info(s.get(), 1, "B", s.bytes()); });
 
+  bind_frozen_cross_entropy(m);
   bind_info_nce(m);
   bind_int8_linear(m);
   bind_project_concat(m);

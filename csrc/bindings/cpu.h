@@ -21,6 +21,7 @@ inline Dtype dtype_from(const std::string& name) {
   throw py::value_error("dtype must be float32, bfloat16 or float16; got " + name);
 }
 
+void bind_frozen_cross_entropy(py::module_& m);
 void bind_info_nce(py::module_& m);
 void bind_int8_linear(py::module_& m);
 void bind_project_concat(py::module_& m);

@@ -2,66 +2,49 @@
 // two digits; the forward's packed weight is transposed into L2 block by block on its way, 32 input channels wide, and
 // then multiplied by the same products. FLOP: 2 M N K, twice as many of 8 bits.
 #pragma once
-#include <memory>
-
 #include "int8_linear_product.h"
 
 namespace limber {
 
 class Int8LinearBackward {
  public:
-  explicit Int8LinearBackward(const Int8LinearParams& params)
+  static constexpr int64_t CHUNK = 2048;  // of the reduction, over N
+
+  Int8LinearBackward(const Int8LinearParams& params, const Int8Rows& quantised)
       : p(params),
-        rows_(p.M, p.N, 2, p.threads, CHUNK),
+        rows_(quantised),
         width_(round_up(p.K, INT8_K_STEP)),
         blocks_(ceil_div(p.K, BLOCK)),
         group_(std::clamp<int64_t>(blocks_ / (p.threads * 4), 1, GROUP)) {}
 
-  void run() {
-    const Int8Epilogue::Outputs outputs{p.K, p.dtype, p.d_x, p.column_sums};
-    advise_huge_pages(p.d_x, p.M * p.K * size_of(p.dtype));
-#pragma omp parallel num_threads(p.threads)
-    {
-#if defined(LIMBER_ISA_AMX)
-      std::unique_ptr<TileSession> session(rows_.tiles ? new TileSession : nullptr);
-#endif
-      rows_.quantise([&](int64_t m, float* to) { load_row(m, to); }, 0);
-      Int8Epilogue epilogue(outputs, rows_);
-      Buffer<int8_t> panels(group_ * rows_.chunk() * BLOCK);
-      Buffer<int32_t> sums(group_ * rows_.most_rows() * BLOCK);
+  // By all threads of a parallel region; a barrier ends it.
+  void run() const {
+    const Int8Epilogue::Outputs outputs{p.K,     p.dtype, p.d_x,   p.column_sums, nullptr,
+                                        nullptr, false,   nullptr, p.residual,    p.residual_stride};
+    Int8Epilogue epilogue(outputs, rows_);
+    Buffer<int8_t> panels(group_ * rows_.chunk() * BLOCK);
+    Buffer<int32_t> sums(group_ * rows_.most_rows() * BLOCK);
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t first = 0; first < blocks_; first += group_)
-        for (const auto& block : rows_.blocks()) {
-          const int64_t count = std::min(group_, blocks_ - first);
-          for (int64_t n = 0; n < rows_.padded; n += rows_.chunk()) {
-            transpose(first, count, n, panels);
-            multiply(count, block, n, panels, sums);
-          }
-          for (int64_t b = 0; b < count; b++) {
-            epilogue.begin(first + b, [&](int64_t n, int c) { return weight(n, (first + b) * BLOCK + c); });
-            for (int64_t s = 0; s < block.strips; s++) {
-              const Int8Rows::Strip& strip = rows_.strips()[block.strip + s];
-              epilogue.finish(strip, sums + (b * block.rows + strip.row) * BLOCK);
-            }
+    for (int64_t first = 0; first < blocks_; first += group_)
+      for (const auto& block : rows_.blocks()) {
+        const int64_t count = std::min(group_, blocks_ - first);
+        for (int64_t n = 0; n < rows_.padded; n += rows_.chunk()) {
+          transpose(first, count, n, panels);
+          multiply(count, block, n, panels, sums);
+        }
+        for (int64_t b = 0; b < count; b++) {
+          epilogue.begin(first + b, [&](int64_t n, int c) { return weight(n, (first + b) * BLOCK + c); });
+          for (int64_t s = 0; s < block.strips; s++) {
+            const Int8Rows::Strip& strip = rows_.strips()[block.strip + s];
+            epilogue.finish(strip, sums + (b * block.rows + strip.row) * BLOCK);
           }
         }
-    }
+      }
   }
 
  private:
   // Blocks of columns and rows of the weight whose panels lie in L2 together.
-  static constexpr int64_t GROUP = 8, CHUNK = 2048;
-
-  void load_row(int64_t m, float* to) const {
-    const char* grad = (const char*)p.grad + m * p.grad_stride * size_of(p.dtype);
-    const char* z = (const char*)p.preactivation + m * p.N * size_of(p.dtype);
-    for (int64_t n = 0; n < p.N; n += simd::W) {
-      const int64_t left = p.N - n;
-      simd::vec g = simd::mul(load_as_float(p.dtype, grad, n, left), simd::load_first(p.scales + n, left));
-      if (p.preactivation) g = simd::mul(g, GeluNew::slope(load_as_float(p.dtype, z, n, left)));
-      simd::store(to + n, g);
-    }
-  }
+  static constexpr int64_t GROUP = 8;
 
   int8_t weight(int64_t n, int64_t k) const {
     return p.packed[n / BLOCK * BLOCK * width_ + (k / 4 * BLOCK + n % BLOCK) * 4 + k % 4];
@@ -121,7 +104,7 @@ class Int8LinearBackward {
   }
 
   const Int8LinearParams& p;
-  Int8Rows rows_;
+  const Int8Rows& rows_;
   const int64_t width_, blocks_, group_;
 };
 

@@ -3,45 +3,30 @@
 //
 // An element is one sum of integers: the same for any number of threads.
 #pragma once
-#include <memory>
-
 #include "int8_linear_product.h"
 
 namespace limber {
 
 class Int8LinearForward {
  public:
-  explicit Int8LinearForward(const Int8LinearParams& params)
-      : p(params), rows_(p.M, p.K, p.eight_bits ? 1 : 2, p.threads), blocks_(ceil_div(p.N, BLOCK)) {
+  Int8LinearForward(const Int8LinearParams& params, const Int8Rows& quantised)
+      : p(params), rows_(quantised), blocks_(ceil_div(p.N, BLOCK)) {
     whole_ = rows_.chunk() >= rows_.padded;
     group_ = whole_ ? std::clamp<int64_t>(blocks_ / (p.threads * 16), 1, 16) : 8;
   }
 
-  void run() {
+  // By all threads of a parallel region; a barrier ends it.
+  void run() const {
     const Int8Epilogue::Outputs outputs{p.N,    p.dtype, p.out,           p.row_sums, p.scales,
                                         p.bias, p.gelu,  p.preactivation, p.residual, p.residual_stride};
-    for (void* to : {p.out, p.preactivation})
-      if (to) advise_huge_pages(to, p.M * p.N * size_of(p.dtype));
-#pragma omp parallel num_threads(p.threads)
-    {
-#if defined(LIMBER_ISA_AMX)
-      std::unique_ptr<TileSession> session(rows_.tiles ? new TileSession : nullptr);
-#endif
-      rows_.quantise(
-          [&](int64_t m, float* to) {
-            const char* x = (const char*)p.x + m * p.x_stride * size_of(p.dtype);
-            for (int64_t k = 0; k < p.K; k += simd::W) simd::store(to + k, load_as_float(p.dtype, x, k, p.K - k));
-          },
-          p.eight_bits ? p.outlier_threshold : 0);
-      Int8Epilogue epilogue(outputs, rows_);
-      Buffer<int32_t> sums(std::max<int64_t>((whole_ ? 1 : group_) * rows_.most_rows(), 32) * BLOCK);
+    Int8Epilogue epilogue(outputs, rows_);
+    Buffer<int32_t> sums(std::max<int64_t>((whole_ ? 1 : group_) * rows_.most_rows(), 32) * BLOCK);
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t first = 0; first < blocks_; first += group_)
-        for (const auto& block : rows_.blocks())
-          for (int64_t k = 0; k < rows_.padded; k += rows_.chunk())
-            for (int64_t b = first; b < std::min(first + group_, blocks_); b++)
-              multiply(b, b - first, block, k, epilogue, sums);
-    }
+    for (int64_t first = 0; first < blocks_; first += group_)
+      for (const auto& block : rows_.blocks())
+        for (int64_t k = 0; k < rows_.padded; k += rows_.chunk())
+          for (int64_t b = first; b < std::min(first + group_, blocks_); b++)
+            multiply(b, b - first, block, k, epilogue, sums);
   }
 
  private:
@@ -80,7 +65,7 @@ class Int8LinearForward {
   }
 
   const Int8LinearParams& p;
-  Int8Rows rows_;
+  const Int8Rows& rows_;
   const int64_t blocks_;
   int64_t group_;
   bool whole_;

@@ -15,3 +15,7 @@ def project_concat_supports(request: Any) -> str:
 
 def int8_linear_supports(request: Any) -> str:
     return "no int8_linear kernel in this release"
+
+
+def frozen_cross_entropy_supports(request: Any) -> str:
+    return "no frozen_cross_entropy kernel in this release"

@@ -56,12 +56,12 @@ def int8_weight(op: str, weight: Any, kind: type) -> None:
         raise invalid(op, "weight", "be an Int8Weight", kind_of(weight), remedy, kind=TypeError)
 
 
-def frozen_bias(op: str, bias: Any, n: int, x: Tensor) -> None:
-    dense(op, "bias", bias, "[N]")
+def frozen_bias(op: str, bias: Any, n: int, x: Tensor, name: str = "x", letter: str = "N") -> None:
+    dense(op, "bias", bias, f"[{letter}]")
     floating(op, "bias", bias)
     if bias.shape != (n,):
-        raise invalid(op, "bias", f"be [N] with the N = {n} of weight", shape_of(bias))
-    same_device(op, "bias", bias, "x", x)
+        raise invalid(op, "bias", f"be [{letter}] with the {letter} = {n} of weight", shape_of(bias))
+    same_device(op, "bias", bias, name, x)
     if torch.is_grad_enabled() and bias.requires_grad:
         remedy = "no gradient reaches it: detach it, or add a trained bias to the result"
         raise invalid(op, "bias", "be frozen", "a tensor that requires grad", remedy)

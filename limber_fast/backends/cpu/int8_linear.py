@@ -10,14 +10,14 @@ from torch import Tensor
 from limber_fast import native
 from limber_fast.backends.cpu.tensors import DTYPES, address, threads, unknown_dtype
 
-_MOST_REDUCED = 1 << 16  # 65536 * 255 * 127 < 2^31
+MOST_REDUCED = 1 << 16  # 65536 * 255 * 127 < 2^31
 
 
 def int8_linear_supports(request: Any) -> str | None:
     if reason := unknown_dtype(request.dtype):
         return reason
-    if request.K > _MOST_REDUCED:
-        return f"sums at most {_MOST_REDUCED} products exactly; got {request.K}"
+    if request.K > MOST_REDUCED:
+        return f"sums at most {MOST_REDUCED} products exactly; got {request.K}"
     native.cpu()
     return None
 

@@ -15,7 +15,7 @@ def int8_linear_supports(request: Any) -> None:
     return None
 
 
-def _integers(packed: Tensor, n: int, k: int, dtype: torch.dtype) -> Tensor:
+def integers(packed: Tensor, n: int, k: int, dtype: torch.dtype) -> Tensor:
     """[n, k]: back from blocks of 32 channels and groups of 4."""
     rows = packed.view(torch.int32)[..., 0].transpose(1, 2).reshape(-1, packed.shape[1]).contiguous()
     return rows.view(torch.int8)[:n, :k].to(dtype)
@@ -35,13 +35,13 @@ def _rounded(x: Tensor, outlier_threshold: float) -> tuple[Tensor, Tensor, Tenso
 def _multiplied(x: Tensor, q: Tensor, compute: str, outlier_threshold: float) -> Tensor:
     """x q^T, wide."""
     if compute == "w8a16":
-        return wide(_product(x, q))
+        return wide(dense_product(x, q))
     step, u, outliers = _rounded(x.float(), outlier_threshold)
-    y = step * _product(u, q)
-    return y + _product(outliers, q) if outliers.any() else y
+    y = step * dense_product(u, q)
+    return y + dense_product(outliers, q) if outliers.any() else y
 
 
-def _product(x: Tensor, q: Tensor) -> Tensor:
+def dense_product(x: Tensor, q: Tensor) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):  # fp16 would overflow
         return F.linear(x, q)
 
@@ -51,7 +51,7 @@ def int8_linear_fwd(
     activation: str | None, compute: str, outlier_threshold: float, keep: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 and compute == "w8a16" else wide(x[:0]).dtype
-    y = _multiplied(x.to(dtype), _integers(packed, len(scales), x.shape[1], dtype), compute, outlier_threshold)
+    y = _multiplied(x.to(dtype), integers(packed, len(scales), x.shape[1], dtype), compute, outlier_threshold)
     y = y * scales if bias is None else torch.addcmul(bias, y, scales.to(y.dtype))
     kept = y.to(x.dtype) if keep else None
     if activation is not None:
@@ -66,5 +66,5 @@ def int8_linear_bwd(
     if preactivation is not None:
         g = torch.ops.aten.gelu_backward(g, wide(preactivation), approximate="tanh")
     dtype = torch.bfloat16 if grad.dtype == torch.bfloat16 else g.dtype
-    q = _integers(packed, len(scales), len(column_sums), dtype)
-    return _product((g * scales).to(dtype), q.T).to(grad.dtype)
+    q = integers(packed, len(scales), len(column_sums), dtype)
+    return dense_product((g * scales).to(dtype), q.T).to(grad.dtype)

@@ -1,5 +1,6 @@
 """The Triton backend (CUDA tensors): kernels/<stem>.py, compiled on first use for the device at hand."""
 
+from limber_fast.backends.triton.frozen_cross_entropy import frozen_cross_entropy_supports
 from limber_fast.backends.triton.info_nce import info_nce_bwd, info_nce_fwd, info_nce_supports
 from limber_fast.backends.triton.int8_linear import int8_linear_supports
 from limber_fast.backends.triton.project_concat import (
@@ -9,6 +10,7 @@ from limber_fast.backends.triton.project_concat import (
 )
 
 __all__ = [
+    "frozen_cross_entropy_supports",
     "info_nce_bwd",
     "info_nce_fwd",
     "info_nce_supports",
