@@ -60,7 +60,8 @@ class KVCache:
 
     def __init__(self, config: GPTJConfig, batch: int, dtype: torch.dtype, device: torch.device, capacity: int = 64):
         shape = (2, batch, config.n_head, capacity, config.head_dim)
-        self.layers = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+        # Zeros: a masked place has weight 0 in the attention of a shorter row, and 0 times NaN would be NaN.
+        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
         self.lengths, self.positions, self.limit = [0] * batch, [0] * batch, config.n_positions
 
     def reserve(self, capacity: int) -> None:
@@ -70,7 +71,7 @@ class KVCache:
             return
         capacity = min(max(capacity, 2 * held), max(capacity, self.limit))
         for index, layer in enumerate(self.layers):
-            grown = layer.new_empty((*layer.shape[:3], capacity, layer.shape[4]))
+            grown = layer.new_zeros((*layer.shape[:3], capacity, layer.shape[4]))
             grown[..., :held, :] = layer
             self.layers[index] = grown
 

@@ -86,7 +86,7 @@ def _read_bin(path: Path) -> Mapping[str, Tensor]:
         raise checks.invalid(str(path), "torch", f"be {least} or newer to read .bin files", torch.__version__, remedy)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         contract = "be a whole file of tensors alone, as torch.save writes it"
         raise checks.invalid(str(path), "the file", contract, _one_line(error)) from error
     if not isinstance(found, Mapping) or not all(isinstance(x, Tensor) for x in found.values()):

@@ -50,6 +50,7 @@ class FrozenGPTJ(nn.Module):
         super().__init__()
         checks.choice(_OP, "weights", weights, ("int8", "float"))
         checks.choice(_OP, "compute", compute, ("w8a16", "w8a8"))
+        checks.not_negative(_OP, "outlier_threshold", outlier_threshold)
         checks.model_dtype(_OP, dtype)
         self.config, self.precision = config, Precision(weights, dtype, compute, outlier_threshold)
         width = config.n_embd
@@ -163,7 +164,9 @@ class FrozenGPTJ(nn.Module):
             x: [T, E] in the model's dtype, T = sum(lengths): the tokens of B sequences, one after another.
             positions: [T]. lengths: tokens of each sequence. cache: as in `forward`.
         """
-        last = int(positions.max()) + 1
+        first, last = int(positions.min()), int(positions.max()) + 1
+        if first < 0:
+            raise checks.invalid(_OP, "position_ids", "not be negative", str(first))
         checks.within_context(_OP, last, self.config.n_positions, "shorten it or generate fewer tokens")
         if cache is not None:
             cache.reserve(max(held + new for held, new in zip(cache.lengths, lengths, strict=True)))
