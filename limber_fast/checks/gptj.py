@@ -28,7 +28,7 @@ def ids_in_vocabulary(op: str, name: str, ids: Tensor, vocabulary: int) -> None:
         raise invalid(op, name, f"lie within [0, V) with V = {vocabulary}", found)
 
 
-def sequences(op: str, name: str, x: Any, shape: str, like: Tensor) -> None:
+def whole_rows(op: str, name: str, x: Any, shape: str, like: Tensor) -> None:
     dense(op, name, x, shape)
     if x.ndim != shape.count(",") + 1 or 0 in x.shape:
         raise invalid(op, name, f"be {shape}, none of them 0", shape_of(x))
@@ -59,12 +59,6 @@ def no_empty_row(op: str, name: str, lengths: list[int]) -> None:
 def within_context(op: str, positions: int, limit: int, remedy: str = "shorten the prompt") -> None:
     if positions > limit:
         raise invalid(op, "the sequence", f"have at most n_positions = {limit} tokens", str(positions), remedy)
-
-
-def labels_in_vocabulary(op: str, labels: Tensor, vocabulary: int) -> None:
-    if labels.numel() and not (int(labels.min()) >= 0 and int(labels.max()) < vocabulary):
-        found = f"labels from {int(labels.min())} to {int(labels.max())}"
-        raise invalid(op, "labels", f"lie within [0, V) with V = {vocabulary}, or be -100", found)
 
 
 def model_dtype(op: str, dtype: Any) -> None:

@@ -144,7 +144,7 @@ def packed_prompts(
             raise checks.invalid(_OP, "tokenizer", "be given with prompts of text", "None")
         prompts = [tokenizer(text).input_ids for text in prompts]
     if isinstance(prompts, Tensor):
-        checks.sequences(_OP, name, prompts, "[B, S]" if name == "input_ids" else "[B, S, E]", model.wte)
+        checks.whole_rows(_OP, name, prompts, "[B, S]" if name == "input_ids" else "[B, S, E]", model.wte)
         rows = list(prompts)
         if attention_mask is not None:
             checks.beside(_OP, "attention_mask", attention_mask, prompts.shape[:2], model.wte)
@@ -156,7 +156,7 @@ def packed_prompts(
         shape = "[S]" if name == "input_ids" else "[S, E]"
         rows = [x if isinstance(x, Tensor) else torch.as_tensor(x, device=model.device) for x in prompts]
         for row in rows:
-            checks.sequences(_OP, f"every prompt of {name}", row, shape, model.wte)
+            checks.whole_rows(_OP, f"every prompt of {name}", row, shape, model.wte)
     else:
         raise checks.invalid(_OP, name, "be prompts", checks.kind_of(prompts), kind=TypeError)
     x = torch.cat(rows)

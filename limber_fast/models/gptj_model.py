@@ -13,6 +13,8 @@ from limber_fast import checks
 from limber_fast.models.gptj_attention import KVCache, attention, rotations
 from limber_fast.models.gptj_config import GPTJConfig
 from limber_fast.models.gptj_layers import Block, FrozenLayerNorm, FrozenLinear, Precision
+from limber_fast.ops.frozen_cross_entropy import frozen_cross_entropy
+from limber_fast.ops.int8_weight import Int8Weight
 
 _OP = "GPTJ"
 IGNORE_INDEX = -100
@@ -114,10 +116,10 @@ class FrozenGPTJ(nn.Module):
         """
         checks.exactly_one(_OP, input_ids=input_ids, inputs_embeds=inputs_embeds)
         if input_ids is not None:
-            checks.sequences(_OP, "input_ids", input_ids, "[B, S]", self.wte)
+            checks.whole_rows(_OP, "input_ids", input_ids, "[B, S]", self.wte)
             x = self.embed(input_ids)
         else:
-            checks.sequences(_OP, "inputs_embeds", inputs_embeds, "[B, S, E]", self.wte)
+            checks.whole_rows(_OP, "inputs_embeds", inputs_embeds, "[B, S, E]", self.wte)
             checks.embeddings(_OP, "inputs_embeds", inputs_embeds, self.config.n_embd)
             x = inputs_embeds.to(self.dtype)
         batch, length = shape = x.shape[:2]
@@ -136,6 +138,7 @@ class FrozenGPTJ(nn.Module):
             positions = position_ids
         if labels is not None:
             checks.beside(_OP, "labels", labels, shape, self.wte)
+            checks.vocabulary_labels(_OP, labels, IGNORE_INDEX, self.config.vocab_size)
 
         rows, positions = (x.flatten(0, 1), positions.flatten()) if kept is None else (x[kept], positions[kept])
         hidden = self.hidden_states(rows, positions, lengths, cache)
@@ -184,7 +187,8 @@ class FrozenGPTJ(nn.Module):
 
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Mean cross entropy, fp32, of hidden [T, E] against labels [T]; only labelled rows meet the head."""
+        head = self.lm_head
+        if isinstance(head.weight, Int8Weight):
+            return frozen_cross_entropy(hidden, head.weight, head.bias, labels, ignore_index=IGNORE_INDEX)
         labelled = labels != IGNORE_INDEX
-        labels = labels[labelled]
-        checks.labels_in_vocabulary(_OP, labels, self.config.vocab_size)
-        return F.cross_entropy(self.lm_head(hidden[labelled]).float(), labels.long())
+        return F.cross_entropy(head(hidden[labelled]).float(), labels[labelled].long())

@@ -21,7 +21,7 @@ FORWARD = {
     "mask": (dict(input_ids=IDS, attention_mask=MASK[:1]), r"attention_mask must be \(2, 3\), one value per token"),
     "empty row": (dict(input_ids=IDS, attention_mask=MASK), r"attention_mask must leave at least one token in every"),
     "labels": (dict(input_ids=IDS, labels=IDS[:, :2]), r"labels must be \(2, 3\), one value per token; got shape"),
-    "unknown label": (dict(input_ids=IDS, labels=IDS + 298), r"labels must lie within \[0, V\) with V = 301, or"),
+    "unknown label": (dict(input_ids=IDS, labels=IDS + 298), r"labels must lie in \[0, V\) with V = 301, or be i"),
     "positions": (dict(input_ids=IDS, position_ids=IDS[0]), r"position_ids must be \(2, 3\)"),
     "far position": (dict(input_ids=IDS, position_ids=IDS + 90), r"sequence must have at most n_positions = 96"),
     "negative position": (dict(input_ids=IDS, position_ids=IDS - 2), r"position_ids must not be negative; got -1"),
