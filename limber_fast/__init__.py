@@ -6,6 +6,7 @@ from limber_fast.models.gptj import GPTJ, GPTJConfig
 from limber_fast.ops.frozen_cross_entropy import frozen_cross_entropy
 from limber_fast.ops.info_nce import InfoNceStats, info_nce
 from limber_fast.ops.int8_linear import Int8Weight, int8_linear, quantize_int8
+from limber_fast.ops.prefix_attention import PagedBatch, prefix_attention, rotary_table
 from limber_fast.ops.project_concat import project_concat
 
 __version__ = "0.1.0"
@@ -16,11 +17,14 @@ __all__ = [
     "GPTJConfig",
     "InfoNceStats",
     "Int8Weight",
+    "PagedBatch",
     "SigLipLoss",
     "frozen_cross_entropy",
     "info_nce",
     "int8_linear",
+    "prefix_attention",
     "project_concat",
     "quantize_int8",
+    "rotary_table",
     "use_backend",
 ]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-OPS = ("info_nce", "project_concat", "int8_linear", "frozen_cross_entropy")
+OPS = ("info_nce", "project_concat", "int8_linear", "frozen_cross_entropy", "prefix_attention")
 BACKENDS = ("cuda", "triton", "cpu", "eager")
 CHOICES = ("auto", *BACKENDS)
 ORDER = {"cuda": ("cuda", "triton", "eager"), "cpu": ("cpu", "eager")}

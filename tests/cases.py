@@ -245,3 +245,28 @@ def eager_cross_entropy(
     """As language models have it: all logits, cross entropy in fp32 or wider."""
     z = F.linear(hidden, weight, bias)
     return F.cross_entropy(z if z.dtype == torch.float64 else z.float(), labels, reduction=reduction)
+
+
+# Sequences of a step as (cached tokens, new tokens): decode and prefill, alone and mixed, ragged, around page ends.
+STEPS = {
+    "one token alone": ((0, 1),),
+    "decode": ((7, 1), (0, 1), (8, 1), (63, 1), (150, 1)),
+    "prefill": ((0, 1), (0, 9), (0, 70), (0, 129)),
+    "chunks": ((13, 40), (64, 64), (5, 3), (100, 33)),
+    "mixed": ((70, 1), (0, 35), (16, 0), (33, 17), (8, 1)),
+    "many rows": ((0, 300), (301, 1)),
+}
+# (page-aligned or not) tokens of nested prefixes, then each member's private (cached, new) tokens.
+FORKS = {
+    "decode": ((40,), ((0, 1), (3, 1), (17, 1), (8, 1), (1, 1))),
+    "many decode": ((93,), tuple((i % 11, 1) for i in range(37))),
+    "prefill": ((61,), ((0, 5), (0, 40), (2, 7))),
+    "nested": ((16, 48, 75), ((0, 1), (5, 1), (1, 6), (9, 1))),
+}
+
+
+def attention_rows(tokens: int, heads: int, dims: int, dtype: torch.dtype, seed: int = 19, sharp: float = 1.0):
+    """q, k, v [tokens, heads, dims]: logits of a spread that softmax neither flattens nor saturates."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = torch.randn(3, tokens, heads, dims, generator=generator, dtype=torch.float64)
+    return (2 * sharp * q).to(dtype), k.to(dtype), v.to(dtype)

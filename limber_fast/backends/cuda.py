@@ -19,3 +19,7 @@ def int8_linear_supports(request: Any) -> str:
 
 def frozen_cross_entropy_supports(request: Any) -> str:
     return "no frozen_cross_entropy kernel in this release"
+
+
+def prefix_attention_supports(request: Any) -> str:
+    return "no prefix_attention kernel in this release"

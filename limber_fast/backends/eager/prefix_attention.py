@@ -1,0 +1,51 @@
+"""prefix_attention by scaled_dot_product_attention, sequence by sequence over its gathered pages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from limber_fast.backends.eager.operands import wide
+
+
+def prefix_attention_supports(request: Any) -> None:
+    return None
+
+
+def _rotated(x: Tensor, angles: Tensor) -> Tensor:
+    """x [T, H, D]; angles [T, R]."""
+    cos, sin = angles[:, None, 0::2], angles[:, None, 1::2]
+    even, odd = wide(x[..., 0 : angles.shape[1] : 2]), wide(x[..., 1 : angles.shape[1] : 2])
+    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
+    return torch.cat([turned.to(x.dtype), x[..., angles.shape[1] :]], -1)
+
+
+def prefix_attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, pages: Tensor, queries: Tensor, lengths: Tensor, page_table: Tensor, order: Tensor,
+    shared: Tensor, private: Tensor, positions: Tensor | None, rotary: Tensor | None, *, scale: float,
+) -> Tensor:  # fmt: skip
+    page_size = pages.shape[3]
+    new = queries.diff()
+    sequence = torch.repeat_interleave(torch.arange(len(new), device=q.device), new.long(), output_size=len(q))
+    token = torch.arange(len(q), device=q.device) + (lengths - queries[1:]).long()[sequence]
+    if rotary is not None:
+        angles = rotary[token if positions is None else positions.long()]
+        q, k = _rotated(q, angles), _rotated(k, angles)
+    page, place = page_table[sequence, token // page_size].long(), token % page_size
+    pages[page, :, 0, place], pages[page, :, 1, place] = k, v
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for n, (first, last, length) in enumerate(zip(queries[:-1].tolist(), queries[1:].tolist(), lengths.tolist(),
+                                                  strict=True)):  # fmt: skip
+        if first == last:
+            continue
+        held = pages[page_table[n, : -(-length // page_size)].long()]  # [pages, H, 2, page size, D]
+        keys, values = held.permute(2, 1, 0, 3, 4).flatten(2, 3)[:, :, :length]
+        mask = torch.arange(length, device=q.device) <= token[first:last, None] if last - first > 1 else None
+        rows = F.scaled_dot_product_attention(
+            q[first:last].transpose(0, 1)[None], keys[None], values[None], attn_mask=mask, scale=scale
+        )
+        out[first:last] = rows[0].transpose(0, 1)
+    return out

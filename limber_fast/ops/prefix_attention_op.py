@@ -1,0 +1,51 @@
+"""`torch.ops.limber_fast.prefix_attention_fwd`: schema and fake kernel of the prefix_attention op.
+
+The public function, with its documentation and argument checks, is `limber_fast.ops.prefix_attention.prefix_attention`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from limber_fast import dispatch
+from limber_fast.ops import registration
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixAttentionRequest:
+    """What a backend is told when it is asked whether it can run a call."""
+
+    device: torch.device
+    dtype: torch.dtype
+    page_dtype: torch.dtype
+    H: int
+    D: int
+    page_size: int
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, pages: Tensor, queries: Tensor, lengths: Tensor, page_table: Tensor, order: Tensor,
+    shared: Tensor, private: Tensor, positions: Tensor | None, rotary: Tensor | None, scale: float, backend: str,
+) -> Tensor:  # fmt: skip
+    request = PrefixAttentionRequest(q.device, q.dtype, pages.dtype, q.shape[1], q.shape[2], pages.shape[3])
+    return dispatch.select("prefix_attention", request, backend).prefix_attention_fwd(
+        q, k, v, pages, queries, lengths, page_table, order, shared, private, positions, rotary, scale=scale
+    )
+
+
+def _forward_fake(
+    q, k, v, pages, queries, lengths, page_table, order, shared, private, positions, rotary, scale, backend
+):  # fmt: skip
+    return q.new_empty(q.shape)
+
+
+registration.define(
+    "prefix_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor(a!) pages, Tensor queries, Tensor lengths, "
+    "Tensor page_table, Tensor order, Tensor shared, Tensor private, Tensor? positions, Tensor? rotary, float scale, "
+    "str backend) -> Tensor",
+    _forward, _forward_fake,
+    "prefix_attention: torch.vmap is not supported; a batch has sequences of its own: use those",
+)  # fmt: skip

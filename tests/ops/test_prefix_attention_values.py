@@ -1,0 +1,186 @@
+"""out and pages against float64: at most twice the error of eager PyTorch in the same dtype."""
+
+from __future__ import annotations
+
+import cases
+import pytest
+import torch
+import torch.nn.functional as F
+
+from limber_fast import PagedBatch, prefix_attention, rotary_table
+from limber_fast.cache import PagePool
+from limber_fast.reference.prefix_attention import prefix_attention as reference
+
+
+class Call:
+    """A step as `STEPS` and `FORKS` describe it, over a pool whose unused places are NaN."""
+
+    def __init__(self, dtype, heads, dims, *, page_size=8, rotary_dims=None, sharp=1.0, shuffled=False):
+        self.dtype, self.heads, self.dims = dtype, heads, dims
+        budget = 2400 * heads * 2 * dims * dtype.itemsize
+        self.pool = PagePool(1, heads, dims, dtype=dtype, budget_bytes=budget, page_size=page_size)
+        self.pool.storage.fill_(torch.nan)
+        if shuffled:
+            self.pool._free = [self.pool._free[i] for i in cases.permutation(len(self.pool._free))]
+        self.rotary = None if rotary_dims == 0 else rotary_table(600, rotary_dims or dims // 4)
+        self.sharp = sharp
+
+    def fill(self, sequences, tokens):
+        """Puts keys and values of tokens that lie in the pages already, whatever they are."""
+        batch = self.pool.batch(sequences, tokens)
+        _, k, v = cases.attention_rows(batch.tokens, self.heads, self.dims, self.dtype, seed=20)
+        page = torch.repeat_interleave(torch.arange(len(batch)), batch.queries.diff())
+        token = torch.arange(batch.tokens) + (batch.lengths - batch.queries[1:])[page]
+        size = self.pool.page_size
+        page, place = batch.page_table[page, token // size].long(), token % size
+        self.pool.storage[0][page, :, 0, place], self.pool.storage[0][page, :, 1, place] = k, v
+
+    def alone(self, step):
+        sequences = [self.pool.sequence() for _ in step]
+        self.fill(sequences, [cached for cached, _ in step])
+        return sequences, [new for _, new in step]
+
+    def forked(self, prefixes, members, order=None):
+        """Every member forks from one of the nested prefixes, the last ones from the deepest."""
+        trunk, sequences, held = self.pool.sequence(), [], 0
+        for depth, length in enumerate(prefixes):
+            self.fill([trunk], [length - held])
+            held = length
+            sequences += [trunk.fork() for i in range(len(members)) if min(i, len(prefixes) - 1) == depth]
+        self.fill(sequences, [cached for cached, _ in members])
+        pairs = list(zip(sequences, [new for _, new in members], strict=True))
+        pairs = pairs if order is None else [pairs[i] for i in order]
+        return [s for s, _ in pairs], [new for _, new in pairs]
+
+    def run(self, engine, sequences, queries, *, scale=None):
+        """Errors of out and of the pages, each as (found, allowed by eager's, found in the largest entry, allowed)."""
+        pages = self.pool.layer(0)
+        batch = self.pool.batch(sequences, queries)
+        q, k, v = cases.attention_rows(batch.tokens, self.heads, self.dims, self.dtype, sharp=self.sharp)
+        before = pages.clone()
+        arguments = (queries, [s.length for s in sequences], [s.pages for s in sequences])
+        true, true_pages = reference(q.double(), k.double(), v.double(), before.double(), *arguments,
+                                     rotary=self.rotary, scale=scale)  # fmt: skip
+        eager, eager_pages = before.clone(), before.clone()
+        eager = prefix_attention(q, k, v, eager_pages, batch, rotary=self.rotary, scale=scale, backend="eager")
+        found = prefix_attention(q, k, v, pages, batch, rotary=self.rotary, scale=scale, backend=engine)
+        assert found.dtype == self.dtype and found.shape == q.shape and found.is_contiguous()
+        assert torch.equal(pages.isnan(), true_pages.isnan())
+        for x, y, z in ((found, eager, true), (pages.nan_to_num(), eager_pages.nan_to_num(), true_pages.nan_to_num())):
+            yield from zip(cases.errors(x, z), cases.errors(y, z), strict=True)
+
+    def check(self, *args, **kwargs):
+        for error, allowed in self.run(*args, **kwargs):
+            assert error <= 2 * allowed + cases.FLOOR[self.dtype], (error, allowed)
+
+
+DTYPES = (*cases.DTYPES,)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("step", cases.STEPS)
+def test_sequences_alone(engine, poisoned, step, dtype):
+    call = Call(dtype, 2, 64)
+    call.check(engine, *call.alone(cases.STEPS[step]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("fork", cases.FORKS)
+def test_shared_prefixes(engine, poisoned, fork, dtype):
+    call = Call(dtype, 2, 64)
+    prefixes, members = cases.FORKS[fork]
+    call.check(engine, *call.forked(prefixes, members, cases.permutation(len(members))))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dims, rotary_dims", [(256, 64), (256, 0), (96, 96), (128, 2), (40, 6), (320, 64)])
+def test_head_dimensions(engine, poisoned, dims, rotary_dims, dtype):
+    if engine != "eager" and (dims % 32 or dims > 256):
+        pytest.skip("left to eager")
+    call = Call(dtype, 3, dims, rotary_dims=rotary_dims)
+    prefixes, members = cases.FORKS["nested"]
+    sequences, queries = call.forked(prefixes, members)
+    alone = call.alone(((20, 30),))
+    call.check(engine, sequences + alone[0], queries + alone[1], scale=0.2)
+
+
+@pytest.mark.parametrize("page_size", [1, 5, 16, 64])
+def test_page_sizes(engine, poisoned, page_size):
+    call = Call(torch.float32, 2, 64, page_size=page_size, shuffled=True)
+    sequences, queries = call.forked(*cases.FORKS["nested"])
+    alone = call.alone(cases.STEPS["mixed"])
+    call.check(engine, sequences + alone[0], queries + alone[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("sharp", [0.0, 50.0, 2000.0])
+def test_flat_and_sharp_softmax(engine, poisoned, sharp, dtype):
+    """Logits of 0 and of 1e4."""
+    call = Call(dtype, 2, 64, sharp=sharp)
+    call.check(engine, *call.forked(*cases.FORKS["many decode"]))
+    call.check(engine, *call.alone(cases.STEPS["chunks"]))
+
+
+def test_positions(engine, poisoned):
+    """Rotary positions other than the places."""
+    call = Call(torch.float32, 2, 64)
+    sequences, queries = call.alone(cases.STEPS["chunks"])
+    positions = [(7 * i) % 501 for i in range(sum(queries))]
+    batch = call.pool.batch(sequences, queries, positions=positions)
+    q, k, v = cases.attention_rows(batch.tokens, 2, 64, torch.float32)
+    true, _ = reference(q.double(), k.double(), v.double(), call.pool.layer(0).double(), queries,
+                        [s.length for s in sequences], [s.pages for s in sequences], positions=positions,
+                        rotary=call.rotary)  # fmt: skip
+    found = prefix_attention(q, k, v, call.pool.layer(0), batch, rotary=call.rotary, backend=engine)
+    assert max(cases.errors(found, true)) <= 1e-6
+
+
+def test_views_of_a_fused_product(engine, poisoned):
+    """q, k and v as slices of one matrix, and with heads apart."""
+    call = Call(torch.float32, 2, 64)
+    sequences, queries = call.alone(cases.STEPS["mixed"])
+    batch, pages = call.pool.batch(sequences, queries), call.pool.layer(0)
+    rows = cases.attention_rows(batch.tokens, 2, 64, torch.float32)
+    plain = prefix_attention(*rows, pages, batch, rotary=call.rotary, backend=engine)
+    fused = torch.cat([x.flatten(1) for x in rows] + [torch.full((batch.tokens, 9), torch.nan)], 1)
+    views = [x.unflatten(1, (2, 64)) for x in fused[:, : 3 * 128].split(128, 1)]
+    assert torch.equal(prefix_attention(*views, pages, batch, rotary=call.rotary, backend=engine), plain)
+    apart = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in rows]
+    assert torch.equal(prefix_attention(*apart, pages, batch, rotary=call.rotary, backend=engine), plain)
+
+
+def test_nothing_new(engine):
+    pages = torch.empty(4, 2, 2, 8, 64)
+    batch = PagedBatch([0, 0], [5, 0], [[3], []])
+    assert prefix_attention(*torch.empty(3, 0, 2, 64), pages, batch, backend=engine).shape == (0, 2, 64)
+
+
+def test_no_sequences(engine):
+    batch = PagedBatch([], [], [])
+    assert prefix_attention(*torch.empty(3, 0, 2, 64), torch.empty(4, 2, 2, 8, 64), batch, backend=engine).numel() == 0
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("place", ["q", "k", "v", "cached k", "cached v"])
+def test_nan_and_inf_reach_those_who_see_them(engine, poisoned, place, value):
+    call = Call(torch.float32, 2, 64, rotary_dims=0)
+    sequences, queries = call.forked((40,), ((0, 1), (3, 1), (17, 1), (8, 30)))
+    batch, pages = call.pool.batch(sequences, queries), call.pool.layer(0)
+    rows = dict(zip("qkv", cases.attention_rows(batch.tokens, 2, 64, torch.float32), strict=True))
+    if place in rows:
+        rows[place][20, 1, 5] = value
+    else:
+        pages[sequences[0].pages[2], 1, "kv".index(place[-1]), 3, 5] = value
+    eager = prefix_attention(**rows, pages=pages.clone(), batch=batch, backend="eager")
+    found = prefix_attention(**rows, pages=pages, batch=batch, backend=engine)
+    seen = ~eager.isfinite().all(2)
+    assert torch.equal(~found.isfinite().all(2), seen) and seen.any() and not seen.all()
+
+
+def test_eager_alone_is_sdpa():
+    """The oracle against torch's own attention."""
+    q, k, v = cases.attention_rows(50, 2, 64, torch.float64)
+    pages, tables = torch.full((9, 2, 2, 8, 64), torch.nan, dtype=torch.float64), [list(range(8, 1, -1))]
+    true = F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), is_causal=True)
+    found, _ = reference(q, k, v, pages, [50], [50], tables)
+    torch.testing.assert_close(found, true[0].transpose(0, 1))
