@@ -47,7 +47,7 @@ class PagedBatch:
         self, queries: Sequence[int], lengths: Sequence[int], page_tables: Sequence[Sequence[int]], *,
         positions: Sequence[int] | None = None, page_size: int = PAGE_SIZE, device: torch.device | str = "cpu",
     ) -> None:  # fmt: skip
-        checks.sequences(_OP, queries, lengths, page_tables, page_size)
+        checks.paged_sequences(_OP, queries, lengths, page_tables, page_size)
         self.tokens, self.page_size, self.longest = sum(queries), page_size, max(lengths, default=0)
         self.highest_page = max((max(table, default=-1) for table in page_tables), default=-1)
         if positions is not None:
