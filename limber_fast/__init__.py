@@ -1,6 +1,7 @@
 """Fused kernels for CLIP contrastive training and LiMBeR captioning, drop-in for eager PyTorch."""
 
 from limber_fast.dispatch import BackendUnavailable, use_backend
+from limber_fast.integrations.transformers_gptj import PatchReport, patch, unpatch
 from limber_fast.losses import ClipLoss, SigLipLoss
 from limber_fast.models.gptj import GPTJ, GPTJConfig
 from limber_fast.ops.frozen_cross_entropy import frozen_cross_entropy
@@ -18,13 +19,16 @@ __all__ = [
     "InfoNceStats",
     "Int8Weight",
     "PagedBatch",
+    "PatchReport",
     "SigLipLoss",
     "frozen_cross_entropy",
     "info_nce",
     "int8_linear",
+    "patch",
     "prefix_attention",
     "project_concat",
     "quantize_int8",
     "rotary_table",
+    "unpatch",
     "use_backend",
 ]

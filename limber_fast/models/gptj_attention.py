@@ -36,6 +36,13 @@ def _rotate_(x: Tensor, rotation: Tensor) -> Tensor:
     return x
 
 
+def rotate(qkv: Tensor, rotation: Tensor) -> Tensor:
+    """Rotary positions of q and k in qkv [T, 3, H, D], which is overwritten; rotation [T, rotary_dim / 2] complex."""
+    if torch.is_grad_enabled() and qkv.requires_grad:
+        return _Rotate.apply(qkv, rotation)
+    return _rotate_(qkv, rotation)
+
+
 class _Rotate(torch.autograd.Function):
     """In place both ways: q, k and v stay the one buffer that their product wrote, and nothing else is saved."""
 
@@ -96,8 +103,7 @@ def attention(
     Returns: [T, E].
     """
     heads = (config.n_head, config.head_dim)
-    x = qkv.view(-1, 3, *heads)
-    x = _Rotate.apply(x, rotation) if torch.is_grad_enabled() and x.requires_grad else _rotate_(x, rotation)
+    x = rotate(qkv.view(-1, 3, *heads), rotation)
     batch, longest = len(lengths), max(lengths)
     if cache is None or not any(cache.lengths):
         if cache is not None:

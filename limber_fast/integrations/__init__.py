@@ -1,0 +1,1 @@
+"""Drop-in use: other libraries' models with their modules swapped for ours."""
