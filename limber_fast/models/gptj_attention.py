@@ -1,30 +1,34 @@
-"""GPT-J's attention: interleaved rotary positions, a contiguous KV cache, and causal attention of ragged rows."""
+"""GPT-J's attention: `prefix_attention` over a cache in pages, and what training differentiates through."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from limber_fast.cache import PagePool
+from limber_fast.cache import Sequence as CachedSequence
 from limber_fast.models.gptj_config import GPTJConfig
+from limber_fast.ops.prefix_attention import PAGE_SIZE, PagedBatch, prefix_attention, rotary_table
 
 
 @lru_cache(maxsize=8)
-def _rotations(positions: int, rotary_dim: int, device: torch.device) -> Tensor:
-    """[positions, rotary_dim / 2] complex64: exp(i p / 10000^(2 j / rotary_dim)), angles in fp32 as in training."""
-    frequency = 1.0 / (10000 ** (torch.arange(0, rotary_dim, 2, dtype=torch.int64) / rotary_dim))
-    angle = torch.arange(positions, dtype=torch.float32)[:, None] * frequency
-    return torch.polar(torch.ones_like(angle), angle).to(device)
+def rotary(positions: int, rotary_dim: int, device: torch.device) -> Tensor:
+    """`limber_fast.rotary_table`, made once."""
+    with torch.inference_mode(False):  # an inference tensor could not be part of training later
+        return rotary_table(positions, rotary_dim, device=device)
 
 
 def rotations(config: GPTJConfig, positions: Tensor) -> Tensor:
     """[T, rotary_dim / 2] complex: what each pair of each token's queries and keys is multiplied by."""
-    with torch.inference_mode(False):  # cached: it must not be an inference tensor when training meets it later
-        table = _rotations(config.n_positions, config.rotary_dim, positions.device)
-    return table[positions]
+    table = rotary(config.n_positions, config.rotary_dim, positions.device)
+    return torch.view_as_complex(table.unflatten(-1, (-1, 2)))[positions]
 
 
 def _rotate_(x: Tensor, rotation: Tensor) -> Tensor:
@@ -59,76 +63,100 @@ class _Rotate(torch.autograd.Function):
 
 
 class KVCache:
-    """Keys (after rotary) and values of B sequences, contiguous per layer, growing by doubling.
+    """Keys and values of B sequences, in pages of a pool; forks share what they have in common.
 
     Attributes:
-        lengths: tokens held, per sequence. positions: the position of each sequence's next token.
+        pool, sequences: where the tokens lie. positions: the rotary position of each sequence's next token.
+        lengths: tokens held, per sequence.
     """
 
-    def __init__(self, config: GPTJConfig, batch: int, dtype: torch.dtype, device: torch.device, capacity: int = 64):
-        shape = (2, batch, config.n_head, capacity, config.head_dim)
-        # Zeros: a masked place has weight 0 in the attention of a shorter row, and 0 times NaN would be NaN.
-        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
-        self.lengths, self.positions, self.limit = [0] * batch, [0] * batch, config.n_positions
+    def __init__(self, pool: PagePool, sequences: Sequence[CachedSequence], positions: Sequence[int] | None = None):
+        self.pool, self.sequences = pool, list(sequences)
+        self.positions = self.lengths if positions is None else list(positions)
 
-    def reserve(self, capacity: int) -> None:
-        """Room for `capacity` tokens in every sequence."""
-        held = self.layers[0].shape[3]
-        if capacity <= held:
-            return
-        capacity = min(max(capacity, 2 * held), max(capacity, self.limit))
-        for index, layer in enumerate(self.layers):
-            grown = layer.new_zeros((*layer.shape[:3], capacity, layer.shape[4]))
-            grown[..., :held, :] = layer
-            self.layers[index] = grown
+    @classmethod
+    def for_tokens(
+        cls, config: GPTJConfig, lengths: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> KVCache:
+        """Empty, with a pool for so many tokens of each sequence; memory is taken as it fills."""
+        pages = sum(-(-length // PAGE_SIZE) for length in lengths)
+        token_bytes = 2 * config.n_layer * config.n_embd * dtype.itemsize
+        pool = PagePool(
+            config.n_layer, config.n_head, config.head_dim, dtype=dtype, device=device,
+            budget_bytes=pages * PAGE_SIZE * token_bytes,
+        )  # fmt: skip
+        return cls(pool, [pool.sequence() for _ in lengths])
 
-    def select(self, rows: list[int]) -> None:
-        """Keeps these sequences alone, in this order."""
-        index = torch.tensor(rows, device=self.layers[0].device)
-        self.layers = [layer[:, index] for layer in self.layers]
-        self.lengths, self.positions = ([x[row] for row in rows] for x in (self.lengths, self.positions))
+    @property
+    def lengths(self) -> list[int]:
+        return [sequence.length for sequence in self.sequences]
+
+    @contextmanager
+    def step(self, new: Sequence[int], positions: list[int] | None) -> Iterator[PagedBatch]:
+        """Room for new tokens of each sequence, at `positions` or else where the sequences stopped; taken back where
+        the block raises."""
+        before = self.positions, self.lengths
+        if positions is None and self.positions != self.lengths:
+            positions = [start + i for start, n in zip(self.positions, new, strict=True) for i in range(n)]
+        batch = self.pool.batch(self.sequences, new, positions=positions)
+        if positions is None:
+            self.positions = self.lengths
+        else:
+            self.positions = [positions[end - 1] + 1 for end in accumulate(new)]
+        try:
+            yield batch
+        except BaseException:
+            self.truncate(before[1])
+            self.positions = before[0]
+            raise
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Forgets all but the first tokens of each sequence."""
+        for row, (sequence, length) in enumerate(zip(self.sequences, lengths, strict=True)):
+            self.positions[row] -= sequence.length - length
+            sequence.truncate(length)
+
+    def fork(self, rows: Sequence[int]) -> KVCache:
+        """A cache of copies of these sequences, a row any number of times: pages are shared until one writes."""
+        return KVCache(self.pool, [self.sequences[r].fork() for r in rows], [self.positions[r] for r in rows])
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Releases all sequences but these, which follow in this order."""
+        kept = [self.sequences[row] for row in rows]
+        for sequence in self.sequences:
+            if not any(sequence is other for other in kept):
+                sequence.release()
+        self.sequences, self.positions = kept, [self.positions[row] for row in rows]
+
+    def release(self) -> None:
+        """Gives all pages back to the pool."""
+        self.keep([])
 
 
-def attention(
-    qkv: Tensor, rotation: Tensor, lengths: list[int], config: GPTJConfig, cache: KVCache | None, layer: int
-) -> Tensor:
-    """Causal attention of B sequences of new tokens, packed one after another, over themselves and what is cached.
+def cached_attention(config: GPTJConfig, cache: KVCache, batch: PagedBatch) -> Callable[[Tensor, int], Tensor]:
+    """(q|k|v [T, 3 E] of new tokens, layer) -> [T, E], over the cache, which grows by them."""
+    table = rotary(config.n_positions, config.rotary_dim, cache.pool.storage.device)
 
-    Args:
-        qkv: [T, 3 E], T = sum(lengths), overwritten. rotation: [T, rotary_dim / 2], of `rotations`.
-        lengths: new tokens of each sequence.
-        cache: what came before; the new keys and values are written behind it. The caller has reserved the room, and
-            counts them in `cache.lengths` after the last layer.
+    def attend(qkv: Tensor, layer: int) -> Tensor:
+        q, k, v = qkv.view(-1, 3, config.n_head, config.head_dim).unbind(1)
+        return prefix_attention(q, k, v, cache.pool.layer(layer), batch, rotary=table).flatten(1)
 
-    Returns: [T, E].
-    """
-    heads = (config.n_head, config.head_dim)
-    x = rotate(qkv.view(-1, 3, *heads), rotation)
-    batch, longest = len(lengths), max(lengths)
-    if cache is None or not any(cache.lengths):
-        if cache is not None:
-            for row, part in enumerate(x.split(lengths)):
-                cache.layers[layer][:, row, :, : lengths[row]] = part[:, 1:].permute(1, 2, 0, 3)
-        if min(lengths) == longest:
-            return _causal(x.view(batch, longest, 3, *heads))
+    return attend
+
+
+def differentiable_attention(
+    config: GPTJConfig, lengths: Sequence[int], rotation: Tensor
+) -> Callable[[Tensor, int], Tensor]:
+    """(q|k|v [T, 3 E], layer) -> [T, E]: causal, each of the packed sequences over itself; q|k|v is overwritten."""
+    uniform = min(lengths) == max(lengths)
+
+    def attend(qkv: Tensor, layer: int) -> Tensor:
+        x = rotate(qkv.view(-1, 3, config.n_head, config.head_dim), rotation)
+        if uniform:
+            return _causal(x.unflatten(0, (len(lengths), -1)))
         return torch.cat([_causal(part[None]) for part in x.split(lengths)])
 
-    starts, store = cache.lengths, cache.layers[layer]
-    if longest == 1:  # decode
-        rows, at = torch.arange(batch, device=x.device), torch.tensor(starts, device=x.device)
-        store[:, rows, :, at] = x[:, 1:]  # [B, 2, H, D]: indices that stand apart put their dimension first
-        most = max(starts) + 1
-        mask = None if min(starts) + 1 == most else (torch.arange(most, device=x.device) <= at[:, None])[:, None, None]
-        out = F.scaled_dot_product_attention(x[:, 0, :, None], *store[..., :most, :], attn_mask=mask)
-        return out.reshape(batch, -1)
-    outputs = []
-    for row, part in enumerate(x.split(lengths)):
-        start, end = starts[row], starts[row] + lengths[row]
-        store[:, row, :, start:end] = part[:, 1:].permute(1, 2, 0, 3)
-        mask = torch.ones(lengths[row], end, dtype=torch.bool, device=x.device).tril(start)
-        out = F.scaled_dot_product_attention(part[:, 0].transpose(0, 1), *store[:, row, :, :end], attn_mask=mask)
-        outputs.append(out.transpose(0, 1).reshape(lengths[row], -1))
-    return torch.cat(outputs)
+    return attend
 
 
 def _causal(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from limber_fast import checks
+from limber_fast.models.gptj_attention import KVCache
 
 _OP = "GPTJ.generate"
 OnToken = Callable[[int, int, str], None]
@@ -187,9 +188,9 @@ def generate(
     """Prefill of all prompts at once, then one token a step for every text that has not ended."""
     rows = [Row(stopping) for _ in lengths]
     generators = [torch.Generator(x.device).manual_seed((seed + r) % 2**63) for r in range(len(rows))]
-    cache = model.new_cache(len(rows), max(lengths) + max_new_tokens)
-    positions = torch.cat([torch.arange(n, device=x.device) for n in lengths])
-    hidden = model.hidden_states(x, positions, lengths, cache)
+    room = [length + max_new_tokens for length in lengths]
+    cache = KVCache.for_tokens(model.config, room, model.dtype, model.device)
+    hidden = model.hidden_states(x, lengths, cache=cache)
     hidden = hidden[torch.tensor(lengths, device=x.device).cumsum(0) - 1]
     active = list(range(len(rows)))
     for step in range(1, max_new_tokens + 1):
@@ -202,10 +203,9 @@ def generate(
         if not going:
             break
         if len(going) < len(active):
-            cache.select(going)
+            cache.keep(going)
             active, tokens = ([found[at] for at in going] for found in (active, tokens))
-        positions = torch.tensor(cache.positions, device=x.device)
         rows_of_tokens = F.embedding(torch.tensor(tokens, device=x.device), model.wte)
-        hidden = model.hidden_states(rows_of_tokens, positions, [1] * len(tokens), cache)
+        hidden = model.hidden_states(rows_of_tokens, [1] * len(tokens), cache=cache)
     texts = None if stopping.tokenizer is None else [row.text for row in rows]
     return Generation([row.tokens for row in rows], texts, [row.stopped for row in rows])

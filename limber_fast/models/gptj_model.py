@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from limber_fast import checks
-from limber_fast.models.gptj_attention import KVCache, attention, rotations
+from limber_fast.models.gptj_attention import KVCache, cached_attention, differentiable_attention, rotations
 from limber_fast.models.gptj_config import GPTJConfig
 from limber_fast.models.gptj_layers import Block, FrozenLayerNorm, FrozenLinear, Precision
 from limber_fast.ops.frozen_cross_entropy import frozen_cross_entropy
@@ -79,9 +80,13 @@ class FrozenGPTJ(nn.Module):
         checks.choice(_OP, "compute", value, ("w8a16", "w8a8"))
         self.precision.compute = value
 
-    def new_cache(self, batch: int, capacity: int = 64) -> KVCache:
-        """An empty cache for `forward`, of `batch` sequences; it grows where `capacity` tokens do not do."""
-        return KVCache(self.config, batch, self.dtype, self.device, capacity)
+    def new_cache(self, batch: int, capacity: int | None = None) -> KVCache:
+        """An empty cache for `forward`: `batch` sequences of up to `capacity` tokens each, by default n_positions.
+        Memory is taken as it fills."""
+        checks.size(_OP, "batch", batch)
+        capacity = self.config.n_positions if capacity is None else capacity
+        checks.size(_OP, "capacity", capacity)
+        return KVCache.for_tokens(self.config, [capacity] * batch, self.dtype, self.device)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Rows of `wte`: ids [...] -> [..., E]."""
@@ -127,25 +132,25 @@ class FrozenGPTJ(nn.Module):
         kept = self._kept(attention_mask, shape)
         lengths = [length] * batch if kept is None else kept.sum(1).tolist()
         checks.no_empty_row(_OP, "attention_mask", lengths)
-        positions = torch.arange(length, device=self.device).expand(shape)
         if cache is not None:
             checks.fits_cache(_OP, batch, cache.lengths)
-            if kept is not None:  # a cached sequence goes on without gaps
-                positions = (kept.cumsum(1) - 1).clamp(min=0) if any(cache.lengths) else positions
-            positions = positions + torch.tensor(cache.positions, device=self.device)[:, None]
+        positions = position_ids
         if position_ids is not None:
             checks.beside(_OP, "position_ids", position_ids, shape, self.wte)
-            positions = position_ids
+        elif kept is not None and (cache is None or not any(cache.lengths)):
+            positions = torch.arange(length, device=self.device).expand(shape)  # holes count
         if labels is not None:
             checks.beside(_OP, "labels", labels, shape, self.wte)
             checks.vocabulary_labels(_OP, labels, IGNORE_INDEX, self.config.vocab_size)
 
-        rows, positions = (x.flatten(0, 1), positions.flatten()) if kept is None else (x[kept], positions[kept])
-        hidden = self.hidden_states(rows, positions, lengths, cache)
+        def packed(x: Tensor) -> Tensor:
+            return x.flatten(0, 1) if kept is None else x[kept]
+
+        hidden = self.hidden_states(packed(x), lengths, None if positions is None else packed(positions), cache)
         loss = None
         if labels is not None:
             following = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-            loss = self.loss(hidden, following.flatten() if kept is None else following[kept])
+            loss = self.loss(hidden, packed(following))
         if kept is None:
             hidden = hidden.view(*shape, -1)
         else:
@@ -160,29 +165,34 @@ class FrozenGPTJ(nn.Module):
         kept = attention_mask != 0
         return None if kept.all() else kept
 
-    def hidden_states(self, x: Tensor, positions: Tensor, lengths: list[int], cache: KVCache | None = None) -> Tensor:
+    def hidden_states(
+        self, x: Tensor, lengths: Sequence[int], positions: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
         """The packed core of `forward`: [T, E], after the last LayerNorm.
 
         Args:
             x: [T, E] in the model's dtype, T = sum(lengths): the tokens of B sequences, one after another.
-            positions: [T]. lengths: tokens of each sequence. cache: as in `forward`.
+            lengths: tokens of each sequence. positions: [T] integers, by default where each sequence stopped.
+            cache: as in `forward`.
         """
-        first, last = int(positions.min()), int(positions.max()) + 1
-        if first < 0:
-            raise checks.invalid(_OP, "position_ids", "not be negative", str(first))
-        checks.within_context(_OP, last, self.config.n_positions, "shorten it or generate fewer tokens")
-        if cache is not None:
-            cache.reserve(max(held + new for held, new in zip(cache.lengths, lengths, strict=True)))
-        rotation = rotations(self.config, positions)
+        config, starts = self.config, [0] * len(lengths) if cache is None else cache.positions
+        if positions is None:
+            lowest, highest = 0, max(start + n for start, n in zip(starts, lengths, strict=True)) - 1
+        else:
+            lowest, highest = int(positions.min()), int(positions.max())
+        if lowest < 0:
+            raise checks.invalid(_OP, "position_ids", "not be negative", str(lowest))
+        checks.within_context(_OP, highest + 1, config.n_positions, "shorten it or generate fewer tokens")
+        if cache is None:
+            if positions is None:
+                positions = torch.cat([torch.arange(n, device=self.device) for n in lengths])
+            return self._blocks(x, differentiable_attention(config, lengths, rotations(config, positions)))
+        with cache.step(lengths, None if positions is None else positions.tolist()) as batch:
+            return self._blocks(x, cached_attention(config, cache, batch))
+
+    def _blocks(self, x: Tensor, attend: Callable[[Tensor, int], Tensor]) -> Tensor:
         for index, block in enumerate(self.h):
-            attend = partial(
-                attention, rotation=rotation, lengths=lengths, config=self.config, cache=cache, layer=index
-            )
-            x = block(x, attend)
-        if cache is not None:
-            ends = torch.tensor(lengths).cumsum(0) - 1
-            cache.lengths = [held + new for held, new in zip(cache.lengths, lengths, strict=True)]
-            cache.positions = (positions[ends.to(positions.device)] + 1).tolist()
+            x = block(x, partial(attend, layer=index))
         return self.ln_f(x)
 
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:

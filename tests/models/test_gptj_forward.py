@@ -110,7 +110,7 @@ def test_masked_gradients(tiny, tiny_ours):
 @pytest.mark.parametrize("pieces", [(1,) * 12, (5, 7), (4, 1, 1, 6), (11, 1)])
 def test_cache_in_pieces_equals_one_pass(tiny_ours, pieces):
     ids = ids_of(tiny_ours, 3, 12)
-    cache, found, at = tiny_ours.new_cache(3, capacity=2), [], 0
+    cache, found, at = tiny_ours.new_cache(3), [], 0
     with torch.no_grad():
         for size in pieces:
             found.append(tiny_ours(ids[:, at : at + size], cache=cache).logits)
@@ -132,6 +132,39 @@ def test_ragged_cache_goes_on_where_each_row_stopped(tiny_ours):
             for row, start in ((0, 4), (1, 0)):
                 alone = torch.cat([ids[row, start:], following[row]])[None]
                 assert max(cases.errors(found[row], tiny_ours(alone).logits[0, -more:])) < 1e-5
+
+
+def test_forks_of_a_prompt_share_its_pages(tiny_ours):
+    prompt, following = ids_of(tiny_ours, 1, 21), ids_of(tiny_ours, 3, 6, seed=8)
+    with torch.no_grad():
+        cache = tiny_ours.new_cache(1)
+        tiny_ours(prompt, cache=cache)
+        held = cache.pool.stats()["pages"]
+        forks = cache.fork([0, 0, 0])
+        assert cache.pool.stats()["pages"] == held
+        found = torch.cat([tiny_ours(part, cache=forks).logits for part in (following[:, :1], following[:, 1:])], 1)
+        expected = tiny_ours(torch.cat([prompt.expand(3, -1), following], 1)).logits[:, 21:]
+        assert max(cases.errors(found, expected)) < 1e-5
+        assert cache.lengths == [21] and forks.lengths == [27] * 3
+        forks.truncate([22, 23, 24])
+        ragged = tiny_ours(following[:, :1], cache=forks).logits
+        for row, length in enumerate((1, 2, 3)):
+            alone = torch.cat([prompt[0], following[row, :length], following[row, :1]])[None]
+            assert max(cases.errors(ragged[row, 0], tiny_ours(alone).logits[0, -1])) < 1e-5
+        forks.release()
+        assert cache.pool.stats()["pages"] == held
+
+
+def test_a_step_that_fails_leaves_the_cache_as_it_was(tiny_ours, monkeypatch):
+    ids, cache = ids_of(tiny_ours, 2, 12), tiny_ours.new_cache(2)
+    with torch.no_grad():
+        tiny_ours(ids[:, :5], cache=cache)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(tiny_ours.h[1].fc_in, "forward", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+            tiny_ours(ids[:, 5:9], cache=cache)
+        assert cache.lengths == cache.positions == [5, 5]
+        found = tiny_ours(ids[:, 5:], cache=cache).logits
+    assert max(cases.errors(found, tiny_ours(ids).logits[:, 5:])) < 1e-5
 
 
 def test_a_row_does_not_depend_on_its_neighbours(tiny_int8):
