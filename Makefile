@@ -2,6 +2,7 @@
 #   make demo [MINUTES=5]   train a small CLIP with the fused loss and write limber_fast_demo/report.html
 #   make test               the test suite
 #   make bench              ratios against eager PyTorch, as JSON and one page
+#   make bench-peers        install the int8 engines that the benchmarks compare with
 #   make gpu                checks of the GPU code and its modelled bounds; with a CUDA device also tests and benchmarks
 #   make gpu-matrix         the same checks under Triton 3.6, 3.8 and 3.9 [BUILDS=all: every build on every chip]
 #   make test-gpu-full      mutation scores: how many single-line faults in compiled kernels the checks notice (minutes)
@@ -27,7 +28,7 @@ ifneq ($(ORIGIN),$(shell cat $(STAMP) 2>/dev/null))
 $(shell rm -f $(STAMP))
 endif
 
-.PHONY: demo test lint bench gpu gpu-matrix test-gpu-full clean
+.PHONY: demo test lint bench bench-peers gpu gpu-matrix test-gpu-full clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -42,6 +43,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(RUN) -m limber_fast bench
+
+bench-peers: $(STAMP)
+	$(RUN) -m pip install --quiet ctranslate2 bitsandbytes torchao
 
 # With a device its own tests and rows run, and what needs none is left to machines without: about 6 of the 8 minutes
 # that this may take are compilation. BENCH holds more options: BENCH='--compare old/bench.json --fail-over 10%'

@@ -56,6 +56,7 @@ class Workload:
         isa: the CPU kernels to use; '' for the choice of `limber_fast.native`.
         options: what else tells rows apart, such as cache_mb.
         fewest_rounds: however long a round takes.
+        stem: of a row that is no op: the op whose backend its time is.
     """
 
     op: str
@@ -68,6 +69,7 @@ class Workload:
     isa: str = ""
     options: dict[str, float] = field(default_factory=dict)
     fewest_rounds: int = 3
+    stem: str = ""
 
     @property
     def name(self) -> str:

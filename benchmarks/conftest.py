@@ -13,8 +13,10 @@ from comparison import Workload, measure
 
 from limber_fast import dispatch, native
 
-# tests/cases.py: the data and error measures that tests and benchmarks share.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+# tests/cases.py: the data and error measures that tests and benchmarks share. The repository root leaves the path:
+# transformers would take kernels/ in it for a package that it knows.
+_ROOT = Path(__file__).resolve().parent.parent
+sys.path[:] = [str(_ROOT / "tests"), *(path for path in sys.path if Path(path or ".").resolve() != _ROOT)]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -75,7 +77,7 @@ def _choose(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> tuple[str, s
         if reason := native.isa_refusal(workload.isa):
             pytest.skip(f"{workload.isa}: {reason}")
         monkeypatch.setenv(native.ISA_VARIABLE, workload.isa)
-    backend, refused = dispatch.explain(workload.op, workload.device)
+    backend, refused = dispatch.explain(workload.stem or workload.op, workload.device)
     if backend == "eager":
         reasons = "; ".join(f"{name}: {refused[name]}" for name in dispatch.ORDER[workload.device] if name in refused)
         pytest.skip(f"no kernel of our own ({reasons or 'eager was asked for'})")
