@@ -77,8 +77,10 @@ class PatchedAttention(_Patched):
         if cache is not None:
             more = {} if self.cache_argument == "cache" else {"cache_kwargs": kwargs}
             key, value = cache.update(key, value, self.layer_idx, **more)
-        if attention_mask is not None and attention_mask.dtype != torch.bool:
-            attention_mask = attention_mask.to(query.dtype)
+        if attention_mask is not None:
+            attention_mask = attention_mask[..., : key.shape[2]]  # up to transformers 4 it may be longer
+            if attention_mask.dtype != torch.bool:
+                attention_mask = attention_mask.to(query.dtype)
         out = F.scaled_dot_product_attention(
             query, key.to(query.dtype), value.to(query.dtype), attn_mask=attention_mask,
             dropout_p=self.dropout if self.training else 0.0, is_causal=attention_mask is None and length > 1,
