@@ -16,8 +16,8 @@ from limber_fast.evaluation.zero_shot import (
     NAME_PROMPTS,
     class_features,
     image_features,
+    name_and_tag_prompts,
     similarities,
-    text_prompts,
 )
 from limber_fast.models.clip import SmallClip
 from limber_fast.models.tokenizer import WordTokenizer
@@ -96,12 +96,8 @@ def evaluate(
     columns = torch.unique(labels[unseen])
     few = [test_set.classes[i] for i in columns.tolist()]
     few_labels = torch.searchsorted(columns, labels[unseen])
-    prompts_of = {
-        "unseen_name": NAME_PROMPTS,
-        "unseen_name_and_tags": text_prompts(tokenizer),
-        "unseen_name_tags_subgroup": text_prompts(tokenizer, subgroup=True),
-    }
-    for name, prompts in prompts_of.items():
+    tags = name_and_tag_prompts(tokenizer)
+    for name, prompts in (("unseen_name", NAME_PROMPTS), ("unseen_name_and_tags", tags)):
         few_scores = similarities(features[unseen], class_features(model, tokenizer, few, prompts))
         found.tables[name] = _row(few_scores, few_labels)
 

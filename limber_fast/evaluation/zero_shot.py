@@ -11,25 +11,25 @@ from torch import Tensor
 from limber_fast.data.emoji import Concept
 from limber_fast.models.clip import SmallClip
 from limber_fast.models.tokenizer import WordTokenizer, split_words
+from limber_fast.training.captions import TEMPLATES
 
-# No templates: they cost accuracy, as the word head never heard of their words (SETTINGS.md).
-NAME_PROMPTS = [lambda concept: concept.name]
-_MOST_TEXTS = 13
+NAME_PROMPTS = [lambda concept, template=template: template.format(concept.name) for template in TEMPLATES]
+_MOST_TAGS = 12
 
 
-def text_prompts(tokenizer: WordTokenizer, *, subgroup: bool = False) -> list:
-    """The name, each tag and on demand the subgroup, a prompt each, without words that no training caption held.
+def name_and_tag_prompts(tokenizer: WordTokenizer) -> list:
+    """The name and each tag in every template, a prompt each; words that no training caption held are left out.
 
-    Every class has the same number of prompts: few texts take turns.
+    Every class has the same number of prompts: few tags take turns.
     """
 
-    def text(concept: Concept, turn: int) -> str:
-        texts = (concept.name, *concept.tags, *([concept.subgroup] if subgroup else []))
-        known = [" ".join(filter(tokenizer.known, split_words(text))) for text in texts]
-        known = list(dict.fromkeys(filter(None, known))) or [concept.name]
+    def words(concept: Concept, turn: int) -> str:
+        texts = [" ".join(filter(tokenizer.known, split_words(text))) for text in (concept.name, *concept.tags)]
+        known = list(dict.fromkeys(filter(None, texts))) or [concept.name]
         return known[turn % len(known)]
 
-    return [lambda concept, turn=turn: text(concept, turn) for turn in range(_MOST_TEXTS)]
+    turns = range(1 + _MOST_TAGS)
+    return [lambda concept, t=t, turn=turn: t.format(words(concept, turn)) for t in TEMPLATES for turn in turns]
 
 
 def class_features(model: SmallClip, tokenizer: WordTokenizer, classes: Sequence[Concept], prompts: list) -> Tensor:

@@ -12,10 +12,7 @@ from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from limber_fast.models.tokenizer import UNKNOWN
-
 MAX_LOGIT_SCALE = math.log(100)
-WORD_SHARE = 0.3
 
 
 @dataclass(frozen=True)
@@ -104,12 +101,10 @@ class SmallClip(CLIP):
             self.register_parameter("positional_embedding", None)
         self.visual = SmallResNet(config.embed_dim, config.image_size, config.image_width)
         self.visual.to(memory_format=torch.channels_last)
-        self.word_head = nn.Linear(config.embed_dim, config.vocab_size, bias=False)
-        nn.init.normal_(self.word_head.weight, std=0.02)
         self.config = config
 
-    def text_tower(self, text: Tensor) -> Tensor:
-        """Features of [B, context] token ids, without work on columns that are padding in every row: [B, D].
+    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+        """Text features of [B, context] token ids, without work on columns that are padding in every row.
 
         With layers: open_clip's features, as the causal mask keeps padding from EOS. Attention over a dozen tokens is
         three times faster as plain products than in PyTorch's CPU flash kernel, which pads to its tiles.
@@ -118,23 +113,8 @@ class SmallClip(CLIP):
         """
         text = text[:, : max(1, int((text != 0).sum(1).max()))]
         x = self._words(text) if self.config.text_layers == 0 else self._sentence(text)
-        return x @ self.text_projection
-
-    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
-        """t / |t| + WORD_SHARE w / |w|: the tower's features t and the sum w of the word head's vectors of the words.
-
-        The tower learns from captions, the head from whole lists of words; together they name more than either, above
-        all of what is new (SETTINGS.md). A text without a known word is t / |t|.
-        Returns: [B, D], normalised once more on demand.
-        """
-        known = (text > UNKNOWN) & (text < self.config.vocab_size - 1)
-        words = (F.normalize(self.word_head.weight, dim=-1)[text] * known[..., None]).sum(1)
-        x = F.normalize(self.text_tower(text), dim=-1) + WORD_SHARE * F.normalize(words, dim=-1)
+        x = x @ self.text_projection
         return F.normalize(x, dim=-1) if normalize else x
-
-    def word_logits(self, image: Tensor) -> Tensor:
-        """cos(image, a vector of each word): image features [B, D] -> [B, vocab_size]."""
-        return F.normalize(image.float(), dim=-1) @ F.normalize(self.word_head.weight, dim=-1).T
 
     def _sentence(self, text: Tensor) -> Tensor:
         length = text.shape[1]

@@ -22,7 +22,6 @@ ROW_NAMES = {
     "seen": "seen concepts",
     "unseen_name": "unseen concepts, name as prompt",
     "unseen_name_and_tags": "unseen concepts, name + tags",
-    "unseen_name_tags_subgroup": "unseen concepts, name + tags + subgroup",
     "unseen_among_all": "unseen concepts among all names",
 }
 KNOWN = ("seen", "unseen")

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-
-import torch
-from torch import Tensor
+from collections.abc import Iterator
 
 from limber_fast.data.emoji import Concept
-from limber_fast.models.tokenizer import WordTokenizer, split_words
+from limber_fast.models.tokenizer import split_words
 from limber_fast.training.config import CaptionConfig
 
+# Zero-shot classification uses the same templates (evaluation/zero_shot.py).
 TEMPLATES = ("{}", "an emoji of {}", "a drawing of {}", "{} icon", "a small picture of {}", "{} emoji")
 
 
 def with_tags(name: str, tags: list[str] | tuple[str, ...]) -> str:
-    """'name, tag, tag'."""
+    """'name, tag, tag': the form that training captions and prompts share."""
     return ", ".join([name, *tags])
 
 
@@ -46,17 +44,3 @@ class CaptionSampler:
         yield from TEMPLATES
         for concept in concepts:
             yield from (*concept.names, *concept.tags, concept.subgroup)
-
-
-def word_targets(concepts: Sequence[Concept], drawn: Sequence[int], tokenizer: WordTokenizer) -> Tensor:
-    """What a picture of each concept is told by: equal shares for the words of its names, tags and subgroup.
-
-    Returns: [concepts, vocab_size] fp32; rows of `drawn` add up to 1, the others are 0 and their texts are not read.
-    """
-    targets = torch.zeros(len(concepts), tokenizer.vocab_size)
-    for index in drawn:
-        concept = concepts[index]
-        words = {word for text in (*concept.names, *concept.tags, concept.subgroup) for word in split_words(text)}
-        ids = sorted({i for word in words for i in tokenizer.encode(word)[:-1]})
-        targets[index, ids] = 1 / len(ids)
-    return targets

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-FORMAT = "limber_fast.small_clip/2"
+FORMAT = "limber_fast.small_clip/1"
 _KEYS = {
     "format", "train_config", "model_config", "words", "model", "average", "optimizers", "step", "seconds", "history"
 }  # fmt: skip

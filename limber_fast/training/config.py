@@ -76,7 +76,6 @@ class TrainConfig:
     grad_clip: float = 1.0
     ema: float = 0.99
     image_weight: float = 0.3
-    word_weight: float = 1.0
     label_smoothing: float = 0.2
     backend: str = "auto"
     save_every_seconds: float = 30.0
@@ -91,7 +90,7 @@ class TrainConfig:
         for names, low, high in (
             (("learning_rate", "muon_learning_rate", "grad_clip"), 1e-8, 1e3),
             (("beta1", "beta2", "muon_momentum", "warmup", "ema"), 0, 0.9999),
-            (("weight_decay", "muon_weight_decay", "image_weight", "word_weight"), 0, 10),
+            (("weight_decay", "muon_weight_decay", "image_weight"), 0, 10),
         ):
             _check("TrainConfig", {name: getattr(self, name) for name in names}, low, high)
 

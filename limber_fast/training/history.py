@@ -7,9 +7,7 @@ import os
 from collections import defaultdict
 from pathlib import Path
 
-COLUMNS = (
-    "step", "seconds", "loss", "image_text_loss", "image_image_loss", "word_loss", "scale", "accuracy", "learning_rate"
-)  # fmt: skip
+COLUMNS = ("step", "seconds", "loss", "image_text_loss", "image_image_loss", "scale", "accuracy", "learning_rate")
 
 
 class History:

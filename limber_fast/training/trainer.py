@@ -9,14 +9,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from limber_fast import info_nce
 from limber_fast.models.clip import SmallClip, SmallClipConfig
 from limber_fast.models.tokenizer import WordTokenizer
 from limber_fast.training.batches import Batch, ConceptBatches
-from limber_fast.training.captions import word_targets
 from limber_fast.training.checkpoint import save_checkpoint
 from limber_fast.training.config import TrainConfig
 from limber_fast.training.ema import WeightAverage
@@ -49,10 +47,6 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
 class Trainer:
     """Trains `model` with id-masked InfoNCE between images and captions, and between two styles of a concept.
 
-    Beside it an image names all words of its concept at once: cross entropy over the vocabulary. What unseen concepts
-    share with seen ones is words, and a caption holds a few of them at a time. The words' vectors are a head's own: the
-    text tower does worse at new concepts when it learns them too (SETTINGS.md).
-
     Args:
         clock: seconds; replace it only to compare settings on a busy machine.
     """
@@ -65,14 +59,12 @@ class Trainer:
         self.history = History()
         self.budget = TimeBudget(60 * config.minutes, clock=clock)
         self.optimizers = build_optimizers(model, config)
-        self.words = word_targets(batches.concepts, batches.drawn, tokenizer)
 
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss of a batch and what the progress bar shows of it."""
         config, model = self.config, self.model
         with torch.autocast("cpu", torch.bfloat16):
-            image, text = model.encode_image(batch.images), model.text_tower(batch.tokens)
-            words = model.word_logits(image)
+            image, text = model.encode_image(batch.images), model.encode_text(batch.tokens)
         scale = model.logit_scale.exp()
         options = {"normalize": True, "backend": config.backend}
         image_text, stats = info_nce(
@@ -81,10 +73,9 @@ class Trainer:
         views = image.chunk(config.images_per_concept)
         pairs = [info_nce(a, b, scale, **options) for a, b in pairwise(views)]
         image_image = sum(pairs) / len(pairs)
-        word = F.cross_entropy(scale * words.float(), self.words[batch.ids])
-        loss = image_text + config.image_weight * image_image + config.word_weight * word
-        shown = {"loss": loss, "image_text_loss": image_text, "image_image_loss": image_image, "word_loss": word,
-                 "scale": scale, "accuracy": stats.image_accuracy}  # fmt: skip
+        loss = image_text + config.image_weight * image_image
+        shown = {"loss": loss, "image_text_loss": image_text, "image_image_loss": image_image, "scale": scale,
+                 "accuracy": stats.image_accuracy}  # fmt: skip
         return loss, shown
 
     def train_step(self) -> dict[str, float]:

@@ -4,7 +4,6 @@ import random
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 pytest.importorskip("open_clip")
 
@@ -12,10 +11,10 @@ from open_clip.model import CLIP
 
 from limber_fast.data.emoji import EmojiDataset, concepts
 from limber_fast.demo import build_trainer
-from limber_fast.models.clip import WORD_SHARE, SmallClip, SmallClipConfig
-from limber_fast.models.tokenizer import FIRST_WORD, UNKNOWN, WordTokenizer, split_words
+from limber_fast.models.clip import SmallClip, SmallClipConfig
+from limber_fast.models.tokenizer import UNKNOWN, WordTokenizer
 from limber_fast.training.augment import Augment
-from limber_fast.training.captions import CaptionSampler, word_targets
+from limber_fast.training.captions import CaptionSampler
 from limber_fast.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from limber_fast.training.config import AugmentConfig, CaptionConfig, TrainConfig
 from limber_fast.training.drawings import Drawings
@@ -80,30 +79,6 @@ def test_captions_use_known_words_only(trainer):
         assert UNKNOWN not in trainer.tokenizer.encode(sampler(known[concept], rng))
 
 
-def test_word_targets_are_the_words_of_drawn_concepts_alone(trainer):
-    known, drawn, tokenizer = concepts(), trainer.batches.drawn, trainer.tokenizer
-    targets = word_targets(known, drawn, tokenizer)
-    assert targets.shape == (len(known), tokenizer.vocab_size)
-    trained_on = torch.isin(torch.arange(len(known)), torch.tensor(drawn))
-    torch.testing.assert_close(targets.sum(1), trained_on.float())
-    concept = next(known[i] for i in drawn if known[i].name == "lion")
-    found = {tokenizer.words[i - FIRST_WORD] for i in targets[concept.index].nonzero().flatten().tolist()}
-    assert {"lion", "animal", "mammal"} <= found
-    assert found == set(split_words(" ".join((*concept.names, *concept.tags, concept.subgroup))))
-
-
-def test_word_head_hears_of_every_word(trainer):
-    batch = trainer.batches(0)
-    loss, shown = trainer.losses(batch)
-    loss.backward()
-    assert (trainer.model.word_head.weight.grad[FIRST_WORD:-1].norm(dim=1) > 0).all()
-    features = trainer.model.encode_image(batch.images)
-    cosines = trainer.model.word_logits(features).detach().double()
-    logits = trainer.model.logit_scale.exp().item() * cosines
-    expected = -(trainer.words[batch.ids] * logits.log_softmax(1)).sum(1).mean()
-    assert shown["word_loss"].item() == pytest.approx(expected.item(), rel=0.02)
-
-
 def test_tokenizer():
     tokenizer = WordTokenizer.from_captions(["Red apple", "a drawing of São Tomé"], context_length=4)
     ids = tokenizer(["red apples", "sao zebra", "a drawing of apple red", ""])
@@ -119,30 +94,19 @@ def test_tokenizer():
 def test_text_tower_is_open_clips():
     model = SmallClip(SmallClipConfig(vocab_size=50, text_layers=2)).eval()
     tokens = torch.tensor([[3, 4, 49, 0, 0, 0, 0, 0, 0, 0, 0, 0], [5, 6, 7, 8, 49, 0, 0, 0, 0, 0, 0, 0]])
-    assert torch.allclose(model.text_tower(tokens), CLIP.encode_text(model, tokens), atol=1e-5)
+    assert torch.allclose(model.encode_text(tokens), CLIP.encode_text(model, tokens), atol=1e-5)
 
 
 def test_text_tower_without_layers_is_a_bag_of_words():
     model = SmallClip(SmallClipConfig(vocab_size=50)).eval()
     eos = 49
     tokens = torch.tensor([[3, 4, eos, 0], [4, 3, eos, 0], [3, 5, eos, 0], [eos, 0, 0, 0]])
-    found = model.text_tower(tokens)
+    found = model.encode_text(tokens)
     words = model.token_embedding.weight[[3, 4, eos]].sum(0) / 3**0.5
     torch.testing.assert_close(found[0], model.ln_final(words) @ model.text_projection)
     torch.testing.assert_close(found[0], found[1])
     assert not torch.allclose(found[0], found[2]) and found[3].isfinite().all()
-    torch.testing.assert_close(found[0], model.text_tower(tokens[:1, :3])[0])
-
-
-def test_text_features_are_the_towers_and_the_words():
-    model = SmallClip(SmallClipConfig(vocab_size=50)).eval()
-    eos = 49
-    tokens = torch.tensor([[3, 4, UNKNOWN, eos, 0], [UNKNOWN, eos, 0, 0, 0]])
-    tower = F.normalize(model.text_tower(tokens), dim=-1)
-    words = F.normalize(model.word_head.weight[[3, 4]], dim=-1).sum(0)
-    expected = tower + torch.stack([WORD_SHARE * words / words.norm(), torch.zeros(128)])
-    torch.testing.assert_close(model.encode_text(tokens), expected)
-    torch.testing.assert_close(model.encode_text(tokens, normalize=True), F.normalize(expected, dim=-1))
+    torch.testing.assert_close(found[0], model.encode_text(tokens[:1, :3])[0])
 
 
 def test_average_leaves_the_attention_mask(trainer):
