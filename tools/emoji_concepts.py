@@ -6,7 +6,7 @@ import unicodedata
 from collections import defaultdict
 from pathlib import Path
 
-from emoji_packages import RECORDS, IconSet, Package
+from emoji_packages import KEYWORDS, LANGUAGES, RECORDS, IconSet, Package
 
 PRESETS = ("cldr", "emojibase", "emojibase-legacy", "github", "iamcal", "joypixels")
 TONE = re.compile(r"(^|-)(light|medium|dark)(-|$)|skin-tone")
@@ -17,6 +17,11 @@ FEMALE = {"woman", "women", "girl", "princess", "mermaid", "mrs.", "female"}
 def bare(hexcode: str) -> str:
     """Hexcode without the presentation selectors, in which the vendors disagree."""
     return "-".join(part for part in hexcode.upper().split("-") if part not in ("FE0E", "FE0F"))
+
+
+def _plain(emoji: str) -> str:
+    """An emoji without the presentation selector, which not every source writes."""
+    return emoji.replace("\N{VARIATION SELECTOR-16}", "")
 
 
 def slugify(text: str) -> str:
@@ -55,11 +60,21 @@ def reference_names(label: str, hexcode: str, presets: list[dict]) -> list[str]:
     return sorted(names, key=words.index)
 
 
+def all_tags(record: dict, keywords: list[str]) -> list[str]:
+    """CLDR's tags, then the keywords that it lacks; emojilib repeats the name and has emoticons among its keywords."""
+    words = [word.replace("_", " ") for word in keywords]
+    found = [word for word in words if re.fullmatch(r"[a-z0-9][a-z0-9 '-]+", word) and word != record["label"].lower()]
+    return list(dict.fromkeys([*record.get("tags", []), *found]))
+
+
 def load_concepts(folder: Path) -> list[dict]:
     """One dict per base emoji (no skin tones), in CLDR order; position is the concept's index."""
     package = Package(*RECORDS, folder)
     names = package.json("meta/groups.json")
     presets = [package.json(f"en/shortcodes/{preset}.json") for preset in PRESETS]
+    words_of = Package(*KEYWORDS, folder).json("dist/emoji-en-US.json")
+    keywords = {_plain(emoji): words for emoji, words in words_of.items()}
+    translated = [{r["hexcode"]: r for r in package.json(f"{language}/data.json")} for language in LANGUAGES]
     concepts = []
     for record in package.json("en/data.json"):
         label, tones = record["label"], [skin["tone"] for skin in record.get("skins", ())]
@@ -68,7 +83,7 @@ def load_concepts(folder: Path) -> list[dict]:
             "slug": slugify(label.replace("#", "hash").replace("*", "asterisk")),
             "emoji": record["emoji"],
             "name": label,
-            "tags": record.get("tags", []),
+            "tags": all_tags(record, keywords.get(_plain(record["emoji"]), [])),
             "names": reference_names(label, record["hexcode"], presets),
             # The 26 regional indicators carry no group in emojibase; in Unicode's data they are components.
             "group": "component" if group is None else names["groups"][str(group)],
@@ -78,6 +93,10 @@ def load_concepts(folder: Path) -> list[dict]:
             "hexcode": bare(record["hexcode"]),
             "tone_hexcodes": {bare(skin["hexcode"]) for skin in record.get("skins", ())},
             "order": record.get("order", 10**6),
+            "translations": [
+                [found["label"], *found.get("tags", [])] if (found := records.get(record["hexcode"])) else []
+                for records in translated
+            ],
         })  # fmt: skip
     concepts.sort(key=lambda concept: (concept["order"], concept["hexcode"]))
     if len({concept["slug"] for concept in concepts}) != len(concepts):

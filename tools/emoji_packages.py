@@ -8,6 +8,9 @@ from functools import cached_property
 from pathlib import Path
 
 RECORDS = ("emojibase-data", "17.0.0")
+KEYWORDS = ("emojilib", "4.0.3")
+# Latin scripts, which the word tokenizer reads, and the seven that tell most of unseen concepts (training/SETTINGS.md).
+LANGUAGES = ("de", "es", "fr", "hu", "it", "nl", "pt")
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Package:
 def fetch(folder: Path) -> None:
     """`npm pack` every missing package, by name and pinned version."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, version in [*((style.package, style.version) for style in STYLES), RECORDS]:
+    for name, version in [*((style.package, style.version) for style in STYLES), RECORDS, KEYWORDS]:
         if not (folder / f"{Package(name, version, folder).stem}.tgz").is_file():
             subprocess.run(["npm", "pack", "--silent", f"{name}@{version}"], cwd=folder, check=True)
 

@@ -1,4 +1,5 @@
-"""Make limber_fast/data/emoji from the npm packages: one 32 px PNG atlas per vendor and one table of concepts.
+"""Make limber_fast/data/emoji from the npm packages: one 32 px PNG atlas per vendor, one table of concepts and
+their names in other languages.
 
     python tools/make_emoji_atlases.py PACKAGES            # a folder of packed or unpacked npm packages
     python tools/make_emoji_atlases.py PACKAGES --fetch    # `npm pack` what is missing, by name and pinned version
@@ -21,7 +22,7 @@ import numpy as np
 import resvg_py
 from emoji_concepts import Matcher, load_concepts
 from emoji_families import families, hold_out
-from emoji_packages import RECORDS, STYLES, IconSet, fetch
+from emoji_packages import KEYWORDS, LANGUAGES, RECORDS, STYLES, IconSet, fetch
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -43,9 +44,11 @@ vendor endorses this project.
 
 {notes}
 
-The names, tags, groups and shortcodes in `concepts.json` come from `{package}` {version}, Copyright (c) Miles Johnson,
-[MIT](licenses/MIT-emojibase.txt), whose English text is Unicode CLDR data, Copyright Unicode, Inc.,
-[Unicode-3.0](licenses/Unicode-3.0.txt). Families, splits and the layout are this project's own.
+The names, tags, groups and shortcodes in `concepts.json` and the names and tags in `translations.json` come from
+`{package}` {version}, Copyright (c) Miles Johnson, [MIT](licenses/MIT-emojibase.txt), whose texts are Unicode CLDR
+data, Copyright Unicode, Inc., [Unicode-3.0](licenses/Unicode-3.0.txt). The tags that CLDR does not have are keywords of
+`{keywords[0]}` {keywords[1]}, Copyright (c) 2014 Mu-An Chiou, [MIT](licenses/MIT-emojilib.txt). Families, splits and
+the layout are this project's own.
 
 CC BY 4.0 in full: `licenses/CC-BY-4.0.txt`, <https://creativecommons.org/licenses/by/4.0/>. A page or paper that shows
 these pictures has to name the vendors: `limber_fast.data.emoji.credits()` gives the lines.
@@ -111,6 +114,7 @@ def build(folder: Path, styles=STYLES) -> tuple[dict, dict[str, np.ndarray]]:
         "cell": SIZE,
         "columns": COLUMNS,
         "records": {"package": RECORDS[0], "version": RECORDS[1], "licence": "MIT"},
+        "languages": LANGUAGES,
         "test_style": TEST_STYLE,
         "validation_style": VALIDATION_STYLE,
         "styles": [
@@ -120,6 +124,7 @@ def build(folder: Path, styles=STYLES) -> tuple[dict, dict[str, np.ndarray]]:
             for style in styles
         ],
         "concepts": [{field: concept[field] for field in FIELDS} for concept in concepts],
+        "translations": [concept["translations"] for concept in concepts],
     }  # fmt: skip
     return table, cells
 
@@ -148,7 +153,7 @@ def dump(table: dict) -> str:
         return compact(style | {"cells": []}).removesuffix("]}") + f"\n{cells}\n]}}"
 
     def entry(key: str, value) -> str:
-        lines = {"concepts": compact, "styles": style_lines}.get(key)
+        lines = {"concepts": compact, "translations": compact, "styles": style_lines}.get(key)
         return compact(key) + ":" + (compact(value) if lines is None else "[\n" + ",\n".join(map(lines, value)) + "\n]")
 
     return "{\n" + ",\n".join(entry(*item) for item in table.items()) + "\n}\n"
@@ -175,12 +180,20 @@ def attribution(table: dict) -> str:
         for style in table["styles"]
     ]
     notes = [f"{style['name']}: {style['note']}." for style in table["styles"] if style["note"]]
-    return ATTRIBUTION.format(rows="\n".join(rows), notes=" ".join(notes), **table["records"])
+    return ATTRIBUTION.format(rows="\n".join(rows), notes=" ".join(notes), keywords=KEYWORDS, **table["records"])
+
+
+def texts(table: dict) -> dict[str, str]:
+    """{file name: what it holds}; `concepts()` reads the translations only when somebody asks for them."""
+    shared = {key: value for key, value in table.items() if key != "translations"}
+    translations = {key: table[key] for key in ("about", "languages", "translations")}
+    tables = {"concepts.json": dump(shared), "translations.json": dump(translations)}
+    return {**tables, "ATTRIBUTION.md": attribution(table)}
 
 
 def check(table: dict, cells: dict[str, np.ndarray]) -> int:
     wrong = []
-    for name, text in (("concepts.json", dump(table)), ("ATTRIBUTION.md", attribution(table))):
+    for name, text in texts(table).items():
         if (OUT / name).read_text(encoding="utf-8") != text:
             wrong.append(name)
     for name, pictures in cells.items():
@@ -208,9 +221,9 @@ def main() -> int:
     OUT.mkdir(parents=True, exist_ok=True)
     for name, pictures in cells.items():
         (OUT / f"{name}.png").write_bytes(png(atlas(pictures)))
-    (OUT / "concepts.json").write_text(dump(table), encoding="utf-8")
-    (OUT / "ATTRIBUTION.md").write_text(attribution(table), encoding="utf-8")
-    for path in sorted([*OUT.glob("*.png"), OUT / "concepts.json"]):
+    for name, text in texts(table).items():
+        (OUT / name).write_text(text, encoding="utf-8")
+    for path in sorted([*OUT.glob("*.png"), *OUT.glob("*.json")]):
         console.print(f"{path.name:24} {path.stat().st_size / 1024:8.0f} KiB")
     return 0
 

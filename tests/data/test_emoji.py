@@ -63,6 +63,7 @@ def test_licences_are_the_texts_they_claim():
         "Apache-2.0.txt": "Version 2.0, January 2004",
         "MIT-fluent-emoji.txt": "Copyright (c) Microsoft Corporation",
         "MIT-emojibase.txt": "Copyright (c) 2017-2019 Miles Johnson",
+        "MIT-emojilib.txt": "Copyright (c) 2014 Mu-An Chiou",
         "Unicode-3.0.txt": "UNICODE LICENSE V3",
     }
     assert {path.name for path in (FOLDER / "licenses").iterdir()} == set(starts)

@@ -10,14 +10,14 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Concept:
-    """One emoji without skin tones; texts are English CLDR data from emojibase.
+    """One emoji without skin tones. English texts; `translations` holds those of other languages.
 
     Attributes:
         index: position in `concepts()`, the class label of every picture of it.
         slug: the name in lower case with hyphens, unique.
         emoji: the characters.
         name: the CLDR label.
-        tags: search keywords.
+        tags: search keywords, CLDR's and then emojilib's.
         names: all reference names, `name` first, then the shortcodes of several vendors as words.
         group, subgroup: Unicode's two levels, e.g. "animals-nature", "animal-mammal".
         gender: "female", "male", or "" for neither or both.
@@ -45,10 +45,29 @@ class Concept:
         return self.split == "test"
 
 
+    @property
+    def translations(self) -> dict[str, tuple[str, ...]]:
+        """{language: (CLDR name, *search keywords)}, of the languages that have a name for it."""
+        return _translations()[self.index]
+
+
+def _parsed(name: str) -> dict:
+    return json.loads((files(__package__) / name).read_text(encoding="utf-8"))
+
+
 @cache
 def table() -> dict:
     """The parsed concepts.json."""
-    return json.loads((files(__package__) / "concepts.json").read_text(encoding="utf-8"))
+    return _parsed("concepts.json")
+
+
+@cache
+def _translations() -> list[dict[str, tuple[str, ...]]]:
+    found = _parsed("translations.json")
+    return [
+        {language: tuple(texts) for language, texts in zip(found["languages"], row, strict=True) if texts}
+        for row in found["translations"]
+    ]
 
 
 @cache
