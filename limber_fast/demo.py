@@ -41,7 +41,7 @@ def build_trainer(config: TrainConfig, train: Drawings) -> Trainer:
     """Model, vocabulary and batches for `train`, from the config's seed."""
     torch.manual_seed(config.seed)
     known = concepts()
-    texts = CaptionSampler.all_texts([known[i] for i in torch.unique(train.concept).tolist()])
+    texts = CaptionSampler(config.locked_captions).all_texts(known[i] for i in torch.unique(train.concept).tolist())
     tokenizer = WordTokenizer.from_captions(texts, SmallClipConfig.context_length)
     batches = ConceptBatches(train.images, train.concept.tolist(), known, tokenizer, config)
     return Trainer(SmallClip(SmallClipConfig(vocab_size=tokenizer.vocab_size)), tokenizer, batches, config)
@@ -122,8 +122,9 @@ def _write(folder: Path, trainer: Trainer, found: Evaluation, points: list[Point
             "steps": trainer.step,
             "seconds": seconds,
             "batch": batch,
-            "images": trainer.step * batch,
-            "images_per_second": trainer.step * batch / seconds,
+            "images": trainer.images,
+            "images_per_second": trainer.images / trainer.image_seconds,
+            "image_seconds": trainer.image_seconds,
             "parameters": sum(p.numel() for p in trainer.model.parameters()),
             "last": trainer.history.rows[-1],
         },

@@ -13,11 +13,11 @@ from limber_fast.evaluation.baselines import pixel_nearest_neighbour
 from limber_fast.evaluation.linear_probe import linear_probe
 from limber_fast.evaluation.ranking import chance, top_k
 from limber_fast.evaluation.zero_shot import (
-    NAME_PROMPTS,
     class_features,
     image_features,
-    name_and_tag_prompts,
+    name_prompts,
     similarities,
+    text_prompts,
 )
 from limber_fast.models.clip import SmallClip
 from limber_fast.models.tokenizer import WordTokenizer
@@ -82,7 +82,7 @@ def evaluate(
     found = Evaluation()
     test, seen, unseen = test_set.test, test_set.seen, test_set.unseen
     features = image_features(model, test.images)
-    by_name = class_features(model, tokenizer, test_set.classes, NAME_PROMPTS)
+    by_name = class_features(model, tokenizer, [name_prompts(c) for c in test_set.classes])
     scores = similarities(features, by_name)
     labels = test_set.labels
 
@@ -96,9 +96,15 @@ def evaluate(
     columns = torch.unique(labels[unseen])
     few = [test_set.classes[i] for i in columns.tolist()]
     few_labels = torch.searchsorted(columns, labels[unseen])
-    tags = name_and_tag_prompts(tokenizer)
-    for name, prompts in (("unseen_name", NAME_PROMPTS), ("unseen_name_and_tags", tags)):
-        few_scores = similarities(features[unseen], class_features(model, tokenizer, few, prompts))
+    everything = {"translations": True, "subgroup": True}
+    prompts_of = {
+        "unseen_name": [name_prompts(c) for c in few],
+        "unseen_name_and_tags": [text_prompts(c, tokenizer) for c in few],
+        "unseen_languages": [text_prompts(c, tokenizer, translations=True) for c in few],
+        "unseen_everything": [text_prompts(c, tokenizer, **everything) for c in few],
+    }
+    for name, prompts in prompts_of.items():
+        few_scores = similarities(features[unseen], class_features(model, tokenizer, prompts))
         found.tables[name] = _row(few_scores, few_labels)
 
     found.groups, found.confusion = _confusion(test_set.classes, labels, scores.argmax(1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from open_clip.zero_shot_classifier import build_zero_shot_classifier
+import torch.nn.functional as F
 from torch import Tensor
 
 from limber_fast.data.emoji import Concept
@@ -13,31 +13,42 @@ from limber_fast.models.clip import SmallClip
 from limber_fast.models.tokenizer import WordTokenizer, split_words
 from limber_fast.training.captions import TEMPLATES
 
-NAME_PROMPTS = [lambda concept, template=template: template.format(concept.name) for template in TEMPLATES]
-_MOST_TAGS = 12
+
+def name_prompts(concept: Concept) -> list[str]:
+    """The name in every template."""
+    return [template.format(concept.name) for template in TEMPLATES]
 
 
-def name_and_tag_prompts(tokenizer: WordTokenizer) -> list:
-    """The name and each tag in every template, a prompt each; words that no training caption held are left out.
+def text_prompts(
+    concept: Concept, tokenizer: WordTokenizer, *, subgroup: bool = False, translations: bool = False
+) -> list[str]:
+    """The name, each tag and on demand the subgroup and all that in other languages, a prompt each.
 
-    Every class has the same number of prompts: few tags take turns.
+    Words that no training caption held are left out, and texts that then say the same count once.
     """
+    texts = [concept.name, *concept.tags]
+    if subgroup:
+        texts.append(concept.subgroup)
+    if translations:
+        texts += [text for language in concept.translations.values() for text in language]
+    known = (" ".join(filter(tokenizer.known, split_words(text))) for text in texts)
+    return list(dict.fromkeys(filter(None, known))) or [concept.name]
 
-    def words(concept: Concept, turn: int) -> str:
-        texts = [" ".join(filter(tokenizer.known, split_words(text))) for text in (concept.name, *concept.tags)]
-        known = list(dict.fromkeys(filter(None, texts))) or [concept.name]
-        return known[turn % len(known)]
 
-    turns = range(1 + _MOST_TAGS)
-    return [lambda concept, t=t, turn=turn: t.format(words(concept, turn)) for t in TEMPLATES for turn in turns]
+@torch.no_grad()
+def class_features(
+    model: SmallClip, tokenizer: WordTokenizer, prompts: Sequence[Sequence[str]], batch: int = 4096
+) -> Tensor:
+    """Each prompt's features normalised, their mean over a class, normalised again.
 
-
-def class_features(model: SmallClip, tokenizer: WordTokenizer, classes: Sequence[Concept], prompts: list) -> Tensor:
-    """Each prompt's features normalised, their mean, normalised again (open_clip's own function).
-
+    Args:
+        prompts: the texts of each class, at least one of each.
     Returns: [D, C] fp32.
     """
-    return build_zero_shot_classifier(model, tokenizer, classes, prompts, num_classes_per_batch=256)
+    tokens = tokenizer([text for texts in prompts for text in texts])
+    features = torch.cat([model.encode_text(part, normalize=True) for part in tokens.split(batch)])
+    means = [part.mean(0) for part in features.split([len(texts) for texts in prompts])]
+    return F.normalize(torch.stack(means), dim=1).T
 
 
 @torch.no_grad()

@@ -42,7 +42,8 @@ def training_curve(history: Sequence[dict[str, float]]) -> bytes:
     figure, (left, middle, right) = row_of_axes(3, 3.0)
     minutes = [row["seconds"] / 60 for row in history]
     left.plot(minutes, [row["image_text_loss"] for row in history], color=FUSED, label="image - text")
-    left.plot(minutes, [row["image_image_loss"] for row in history], color=SOFT, label="style - style")
+    styles = [row.get("image_image_loss", float("nan")) for row in history]  # none once the image tower is locked
+    left.plot(minutes, styles, color=SOFT, label="style - style")
     left.legend(frameon=False, fontsize=9)
     middle.plot(minutes, [100 * row["accuracy"] for row in history], color=FUSED)
     right.plot(minutes, [row["scale"] for row in history], color=FUSED)

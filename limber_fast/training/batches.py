@@ -17,11 +17,22 @@ from limber_fast.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Rows are ordered view by view: row v * C + c is view v of the batch's concept c.
+class Draw:
+    """What is drawn for a step. Ordered view by view: row v * C + c is view v of the batch's concept c.
 
-    images: [V * C, 3, H, W] fp32, tokens: [V * C, context] int64, ids: [V * C] int64 concept of each row.
+    rows: [V * C] int64 drawings, tokens: [V * C, context] int64, ids: [V * C] int64 concept of each row, and a
+    generator for what is done to the images.
     """
+
+    rows: Tensor
+    tokens: Tensor
+    ids: Tensor
+    generator: torch.Generator
+
+
+@dataclass(frozen=True)
+class Batch:
+    """images: [V * C, 3, H, W] fp32 or features [V * C, D] fp32, tokens and ids as drawn."""
 
     images: Tensor
     tokens: Tensor
@@ -40,7 +51,7 @@ class ConceptBatches:
     def __init__(self, images: Tensor, concept_of: Sequence[int], concepts: Sequence[Concept], tokenizer: WordTokenizer,
                  config: TrainConfig):  # fmt: skip
         self.images, self.concepts, self.tokenizer, self.config = images, concepts, tokenizer, config
-        self.rows_of: dict[int, list[int]] = {}
+        self.concept_of, self.rows_of = concept_of, {}
         for row, concept in enumerate(concept_of):
             self.rows_of.setdefault(int(concept), []).append(row)
         self.drawn = sorted(self.rows_of)
@@ -56,14 +67,19 @@ class ConceptBatches:
         return len(self.drawn) // self.config.concepts_per_batch
 
     def __call__(self, step: int) -> Batch:
+        drawn = self.draw(step)
+        return Batch(self._augment(self.images[drawn.rows], drawn.generator), drawn.tokens, drawn.ids)
+
+    def draw(self, step: int) -> Draw:
+        """Concepts, a style and a caption for each view of them."""
         rng = random.Random(f"{self.config.seed} {step}")
         generator = torch.Generator().manual_seed(rng.getrandbits(62))
         chosen = self._chosen(step)
         views = [self._styles(concept, rng) for concept in chosen]
         rows = [view[v] for v in range(self.config.images_per_concept) for view in views]
         captions = [self._caption(self.concepts[c], rng) for _ in range(self.config.images_per_concept) for c in chosen]
-        images = self._augment(self.images[rows], generator)
-        return Batch(images, self.tokenizer(captions), torch.tensor(chosen * self.config.images_per_concept))
+        ids = torch.tensor(chosen * self.config.images_per_concept)
+        return Draw(torch.tensor(rows), self.tokenizer(captions), ids, generator)
 
     def _chosen(self, step: int) -> list[int]:
         epoch, place = divmod(step, len(self))

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-FORMAT = "limber_fast.small_clip/1"
+FORMAT = "limber_fast.small_clip/3"
 _KEYS = {
-    "format", "train_config", "model_config", "words", "model", "average", "optimizers", "step", "seconds", "history"
+    "format", "train_config", "model_config", "words", "model", "average", "optimizers", "step", "seconds", "locked",
+    "images", "image_seconds", "history",
 }  # fmt: skip
 
 

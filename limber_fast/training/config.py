@@ -41,22 +41,25 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class CaptionConfig:
-    """How often a caption is the name, and what is added to it."""
+    """How often a caption is in translation, how often the name, and what is added to it."""
 
     name: float = 0.6
+    translated: float = 0.0
     with_tags: float = 0.6
     with_subgroup: float = 0.2
     max_tags: int = 4
     word_dropout: float = 0.3
 
     def __post_init__(self) -> None:
-        rates = {"name": self.name, "with_tags": self.with_tags, "with_subgroup": self.with_subgroup}
-        _check("CaptionConfig", rates | {"word_dropout": self.word_dropout}, 0, 1)
+        rates = ("name", "translated", "with_tags", "with_subgroup", "word_dropout")
+        _check("CaptionConfig", {rate: getattr(self, rate) for rate in rates}, 0, 1)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run. `minutes` is wall time spent in steps; the schedule follows the fraction spent.
+
+    From the fraction `lock_images` on the image tower is locked, and the texts are learned from `locked_captions`.
 
     Raises: ValueError naming the field and the range it must lie in.
     """
@@ -76,16 +79,23 @@ class TrainConfig:
     grad_clip: float = 1.0
     ema: float = 0.99
     image_weight: float = 0.3
+    lock_images: float = 0.9
+    locked_concepts: int = 256
+    locked_views: int = 4
     label_smoothing: float = 0.2
     backend: str = "auto"
     save_every_seconds: float = 30.0
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     captions: CaptionConfig = field(default_factory=CaptionConfig)
+    locked_captions: CaptionConfig = field(default_factory=lambda: CaptionConfig(translated=0.6))
 
     def __post_init__(self) -> None:
         _check("TrainConfig", {"minutes": self.minutes}, 1e-3, 1e5)
         _check("TrainConfig", {"concepts_per_batch": self.concepts_per_batch}, 2, 1e6)
         _check("TrainConfig", {"images_per_concept": self.images_per_concept}, 2, 16)
+        _check("TrainConfig", {"lock_images": self.lock_images}, 0.01, 1)
+        _check("TrainConfig", {"locked_concepts": self.locked_concepts}, 2, 1e6)
+        _check("TrainConfig", {"locked_views": self.locked_views}, 1, 64)
         _check("TrainConfig", {"label_smoothing": self.label_smoothing}, 0, 0.99)
         for names, low, high in (
             (("learning_rate", "muon_learning_rate", "grad_clip"), 1e-8, 1e3),
@@ -101,5 +111,6 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: dict) -> TrainConfig:
         """The inverse of `to_dict`."""
-        nested = {"augment": AugmentConfig(**values["augment"]), "captions": CaptionConfig(**values["captions"])}
+        nested = {name: CaptionConfig(**values[name]) for name in ("captions", "locked_captions")}
+        nested["augment"] = AugmentConfig(**values["augment"])
         return cls(**{**values, **nested})

@@ -20,6 +20,7 @@ from limber_fast.training.config import TrainConfig
 from limber_fast.training.ema import WeightAverage
 from limber_fast.training.history import History
 from limber_fast.training.interrupt import InterruptGuard
+from limber_fast.training.locked import LockedBatches
 from limber_fast.training.muon import Muon
 from limber_fast.training.schedule import TimeBudget, warmup_cosine
 
@@ -47,6 +48,9 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.
 class Trainer:
     """Trains `model` with id-masked InfoNCE between images and captions, and between two styles of a concept.
 
+    When the fraction `lock_images` of the budget is spent, the averaged weights take the place of the model's, and what
+    remains of the budget teaches the text tower alone, in all languages and with a schedule of its own.
+
     Args:
         clock: seconds; replace it only to compare settings on a busy machine.
     """
@@ -54,11 +58,12 @@ class Trainer:
     def __init__(self, model: SmallClip, tokenizer: WordTokenizer, batches: ConceptBatches, config: TrainConfig,
                  clock: Callable[[], float] = time.perf_counter):  # fmt: skip
         self.model, self.tokenizer, self.batches, self.config = model, tokenizer, batches, config
-        self.step = 0
+        self.step, self.images, self.image_seconds = 0, 0, 0.0
         self.average = WeightAverage(model, config.ema)
         self.history = History()
         self.budget = TimeBudget(60 * config.minutes, clock=clock)
         self.optimizers = build_optimizers(model, config)
+        self.locked: LockedBatches | None = None
 
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss of a batch and what the progress bar shows of it."""
@@ -78,10 +83,35 @@ class Trainer:
                  "accuracy": stats.image_accuracy}  # fmt: skip
         return loss, shown
 
+    def lock_images(self) -> None:
+        """From now on steps are the text tower's."""
+        self.locked = LockedBatches(self.averaged_model(), self.batches, self.config)
+
+    def text_loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch of image features, and what the progress bar shows of it."""
+        text, scale = self.model.encode_text(batch.tokens), self.model.logit_scale.exp()
+        loss, stats = info_nce(
+            batch.images, text, scale, ids=batch.ids, label_smoothing=self.config.label_smoothing, return_stats=True,
+            normalize=True, backend=self.config.backend,
+        )  # fmt: skip
+        return loss, {"loss": loss, "image_text_loss": loss, "scale": scale, "accuracy": stats.image_accuracy}
+
     def train_step(self) -> dict[str, float]:
         """One optimiser step at the learning rate of the time spent so far."""
-        factor = warmup_cosine(self.budget.fraction, self.config.warmup)
-        loss, shown = self.losses(self.batches(self.step))
+        done, lock = self.budget.fraction, self.config.lock_images
+        if done < lock:
+            factor = warmup_cosine(done / lock, self.config.warmup)
+            self.locked = None  # a resume with a larger budget takes the image tower up again
+            batch = self.batches(self.step)
+            loss, shown = self.losses(batch)
+            self.images += len(batch.images)
+            self.image_seconds = self.budget.spent
+        else:
+            if self.locked is None:
+                self.average.copy_to(self.model)
+                self.lock_images()
+            factor = warmup_cosine((done - lock) / (1 - lock), self.config.warmup)
+            loss, shown = self.text_loss(self.locked(self.step))
         self.model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
@@ -137,6 +167,9 @@ class Trainer:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
             "seconds": self.budget.spent,
+            "locked": self.locked is not None,
+            "images": self.images,
+            "image_seconds": self.image_seconds,
             "history": self.history.rows,
         }
         save_checkpoint(folder / "checkpoint.pt", state)
@@ -154,6 +187,8 @@ class Trainer:
             tensor.copy_(state["average"][name])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.step = state["step"]
+        self.step, self.images, self.image_seconds = (state[name] for name in ("step", "images", "image_seconds"))
         self.budget = TimeBudget(self.budget.seconds, state["seconds"], self.budget._clock)
         self.history = History(state["history"])
+        if state["locked"]:
+            self.lock_images()

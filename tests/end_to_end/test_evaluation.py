@@ -6,11 +6,17 @@ import torch
 
 pytest.importorskip("open_clip")
 
+from open_clip.zero_shot_classifier import build_zero_shot_classifier
+
 from limber_fast.data.emoji import concepts
 from limber_fast.evaluation.baselines import pixel_nearest_neighbour
 from limber_fast.evaluation.emoji import TestSet
 from limber_fast.evaluation.linear_probe import linear_probe
 from limber_fast.evaluation.ranking import chance, ranks, top_k
+from limber_fast.evaluation.zero_shot import class_features, name_prompts, text_prompts
+from limber_fast.models.clip import SmallClip, SmallClipConfig
+from limber_fast.models.tokenizer import WordTokenizer
+from limber_fast.training.captions import TEMPLATES
 
 
 def test_ties_count_against():
@@ -25,6 +31,26 @@ def test_scores_must_be_finite(bad):
         ranks(torch.tensor([[0.0, bad]]), torch.tensor([0]))
     with pytest.raises(ValueError, match="finite"):
         ranks(torch.tensor([[-torch.inf, 0.0]]), torch.tensor([0]))
+
+
+def test_class_features_are_open_clips():
+    tokenizer = WordTokenizer.from_captions(c.name for c in concepts())
+    model = SmallClip(SmallClipConfig(vocab_size=tokenizer.vocab_size)).eval()
+    names = [c.name for c in concepts()[:300]]
+    templates = [lambda name, template=template: template.format(name) for template in TEMPLATES]
+    expected = build_zero_shot_classifier(model, tokenizer, names, templates)
+    found = class_features(model, tokenizer, [name_prompts(c) for c in concepts()[:300]], batch=100)
+    torch.testing.assert_close(found, expected)
+
+
+def test_text_prompts():
+    octopus = next(c for c in concepts() if c.name == "octopus")
+    tokenizer = WordTokenizer.from_captions(["octopus sea creature animal marine tintenfisch pulpo"])
+    found = text_prompts(octopus, tokenizer, subgroup=True)
+    assert found[0] == "octopus" and "animal marine" in found and len(set(found)) == len(found)
+    more = text_prompts(octopus, tokenizer, translations=True)
+    assert {"tintenfisch", "pulpo"} <= set(more) and set(text_prompts(octopus, tokenizer)) <= set(more)
+    assert text_prompts(octopus, WordTokenizer(["x"])) == ["octopus"]
 
 
 def test_chance():

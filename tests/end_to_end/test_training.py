@@ -12,7 +12,7 @@ from open_clip.model import CLIP
 from limber_fast.data.emoji import EmojiDataset, concepts
 from limber_fast.demo import build_trainer
 from limber_fast.models.clip import SmallClip, SmallClipConfig
-from limber_fast.models.tokenizer import UNKNOWN, WordTokenizer
+from limber_fast.models.tokenizer import UNKNOWN, WordTokenizer, split_words
 from limber_fast.training.augment import Augment
 from limber_fast.training.captions import CaptionSampler
 from limber_fast.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -79,6 +79,56 @@ def test_captions_use_known_words_only(trainer):
         assert UNKNOWN not in trainer.tokenizer.encode(sampler(known[concept], rng))
 
 
+def test_translated_captions_are_of_one_language(trainer):
+    sampler, rng = CaptionSampler(CaptionConfig(translated=1, with_subgroup=0, word_dropout=0)), random.Random(0)
+    for index in trainer.batches.drawn[::10]:
+        concept = concepts()[index]
+        words = set(split_words(sampler(concept, rng)))
+        assert any(words <= set(split_words(" ".join(texts))) for texts in concept.translations.values())
+
+
+def locked(trainer):
+    """The trainer, just past the fraction of its budget at which the image tower is locked."""
+    trainer.budget.start()
+    for _ in range(2):
+        trainer.train_step()
+    trainer.budget = TimeBudget(60.0, 60 * trainer.config.lock_images + 1, clock=lambda: 0.0)
+    trainer.train_step()
+    return trainer
+
+
+def test_locked_image_tower_stays_while_texts_learn(trainer, drawings):
+    locked(trainer)
+    images, texts = (
+        lambda: {n: p.clone() for n, p in trainer.model.state_dict().items() if n.startswith("visual")},
+        lambda: trainer.model.token_embedding.weight.clone(),
+    )
+    before, words, seen = images(), texts(), trainer.images
+    for _ in range(2):
+        values = trainer.train_step()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in images().items())
+    assert not torch.equal(texts(), words) and values["loss"] == values["loss"] and trainer.images == seen
+    features = trainer.locked.features
+    assert features.shape == (trainer.config.locked_views, len(drawings), 128)
+    batch = trainer.locked(trainer.step)
+    drawn = trainer.locked.batches.draw(trainer.step)
+    assert torch.equal(drawings.concept[drawn.rows], batch.ids)
+    where = (features[:, drawn.rows] == batch.images).all(-1)
+    assert where.any(0).all() and where.any(1).all()
+    # The tower whose features these are is the one that is tested.
+    with torch.no_grad():
+        plain = trainer.averaged_model().encode_image(drawings.images[:256].float() / 255)
+    assert torch.nn.functional.cosine_similarity(plain, features[0, :256]).mean() > 0.6
+
+
+def test_a_larger_budget_unlocks_the_images(trainer):
+    locked(trainer)
+    trainer.budget = TimeBudget(60.0, 30.0, clock=lambda: 0.0)
+    before = trainer.model.visual.head.weight.clone()
+    trainer.train_step()
+    assert trainer.locked is None and not torch.equal(before, trainer.model.visual.head.weight)
+
+
 def test_tokenizer():
     tokenizer = WordTokenizer.from_captions(["Red apple", "a drawing of São Tomé"], context_length=4)
     ids = tokenizer(["red apples", "sao zebra", "a drawing of apple red", ""])
@@ -130,6 +180,17 @@ def test_checkpoint_resumes_where_it_stopped(trainer, drawings, tmp_path):
     assert (other.step, other.budget.spent) == (trainer.step, trainer.budget.spent)
     losses = [t.losses(t.batches(t.step))[0].item() for t in (trainer, other)]
     assert losses[0] == losses[1]
+
+
+def test_checkpoint_of_a_locked_tower_resumes_where_it_stopped(trainer, drawings, tmp_path):
+    locked(trainer).save(tmp_path)
+    other = build_trainer(trainer.config, drawings)
+    other.restore(load_checkpoint(tmp_path / "checkpoint.pt"))
+    other.budget = trainer.budget
+    assert torch.equal(other.locked.features, trainer.locked.features)
+    assert trainer.train_step() == other.train_step()
+    assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), other.model.parameters(), strict=True))
+    assert all(torch.equal(trainer.average.tensors[n], tensor) for n, tensor in other.average.tensors.items())
 
 
 def test_damaged_checkpoints_are_refused(trainer, tmp_path):
