@@ -2,6 +2,7 @@
 TypeError for dtype and kind. One module per op, over what they share."""
 
 from limber_fast.checks.cache import *  # noqa: F403
+from limber_fast.checks.evaluation import *  # noqa: F403
 from limber_fast.checks.frozen_cross_entropy import *  # noqa: F403
 from limber_fast.checks.general import *  # noqa: F403
 from limber_fast.checks.gptj import *  # noqa: F403

@@ -1,0 +1,55 @@
+"""What metrics ask of captions, references, answers and scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from limber_fast.checks.general import invalid
+
+
+def texts(op: str, name: str, x: Any) -> None:
+    """A sequence of at least one string."""
+    _sequence(op, name, x, "strings, one per image")
+    for row, text in enumerate(x):
+        _text(op, f"{name}[{row}]", text)
+
+
+def text_sets(op: str, name: str, x: Any, like_name: str, like: Sequence) -> None:
+    """As many sequences of at least one string as `like` has rows."""
+    _sequence(op, name, x, f"lists of strings, one list per row of {like_name}")
+    if len(x) != len(like):
+        raise invalid(op, name, f"have one list per row of {like_name}, {len(like)}", str(len(x)))
+    for row, texts_of_row in enumerate(x):
+        _sequence(op, f"{name}[{row}]", texts_of_row, "strings")
+        for column, text in enumerate(texts_of_row):
+            _text(op, f"{name}[{row}][{column}]", text)
+
+
+def as_long(op: str, name: str, x: Sequence, like_name: str, like: Sequence) -> None:
+    if len(x) != len(like):
+        raise invalid(op, name, f"be as long as {like_name}, {len(like)}", str(len(x)))
+
+
+def finite_scores(op: str, name: str, x: np.ndarray) -> None:
+    """[N] or more, at least one row, real numbers only: whatever ranks or averages NaN flatters somebody."""
+    if x.ndim == 0 or 0 in x.shape:
+        raise invalid(op, name, "hold at least one score", f"shape {x.shape}")
+    bad = np.argwhere(~np.isfinite(x))
+    if len(bad):
+        where = ", ".join(map(str, bad[0]))
+        raise invalid(op, name, "be finite", f"{x[tuple(bad[0])]} at [{where}], {len(bad)} such in all")
+
+
+def _sequence(op: str, name: str, x: Any, contract: str) -> None:
+    if isinstance(x, (str, bytes)) or not isinstance(x, Sequence):
+        raise invalid(op, name, f"be a list of {contract}", type(x).__name__, kind=TypeError)
+    if not x:
+        raise invalid(op, name, "not be empty", "no entry")
+
+
+def _text(op: str, name: str, x: Any) -> None:
+    if not isinstance(x, str):
+        raise invalid(op, name, "be a string", type(x).__name__, kind=TypeError)

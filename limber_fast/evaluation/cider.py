@@ -1,0 +1,112 @@
+"""CIDEr-D in Python alone: no Java, and the document frequency may come from elsewhere (arXiv 1411.5726, section 4)."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from limber_fast import checks
+from limber_fast.evaluation.tokenize import ptb_tokenize
+
+LONGEST = 4
+SIGMA = 6.0
+Ngram = tuple[str, ...]
+Tokenize = Callable[[str], Sequence[str]]
+
+
+@dataclass(frozen=True)
+class DocumentFrequency:
+    """In how many images an n-gram occurs: `counts[ngram]` of `images` sets of references.
+
+    An image is one document, however many of its references hold the n-gram.
+    """
+
+    images: int
+    counts: dict[Ngram, int]
+
+    @classmethod
+    def of(cls, references: Sequence[Sequence[str]], tokenize: Tokenize = ptb_tokenize) -> DocumentFrequency:
+        """Counted over `references`, a list of captions per image."""
+        checks.text_sets("DocumentFrequency.of", "references", references, "references", references)
+        return cls._of([[ngrams(tokenize(text)) for text in texts] for texts in references])
+
+    @classmethod
+    def _of(cls, counted: Sequence[Sequence[Counter[Ngram]]]) -> DocumentFrequency:
+        return cls(len(counted), Counter(ngram for texts in counted for ngram in set().union(*texts)))
+
+    def inverse(self, ngram: Ngram) -> float:
+        """ln(images / max(1, count))."""
+        return math.log(self.images) - math.log(max(1, self.counts.get(ngram, 0)))
+
+
+def ngrams(tokens: Sequence[str]) -> Counter[Ngram]:
+    """How often each n-gram of 1 to 4 tokens occurs."""
+    return Counter(
+        tuple(tokens[start : start + n]) for n in range(1, LONGEST + 1) for start in range(len(tokens) - n + 1)
+    )
+
+
+def cider_d(
+    captions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    *,
+    document_frequency: DocumentFrequency | None = None,
+    tokenize: Tokenize = ptb_tokenize,
+) -> np.ndarray:
+    """CIDEr-D of every caption: clipped tf-idf cosine with its references, less for another length.
+
+    10 / 4 * sum_n mean_r exp(-(l_c - l_r)^2 / (2 * 6^2)) * sum_w min(c_w, r_w) * r_w / (|c| |r|) over the n-grams w of
+    n = 1..4 tokens, with c_w and r_w the counts times ln(images / max(1, document frequency)). Lengths are counted
+    in bigrams, as in pycocoevalcap, to whose figures these are equal.
+
+    Args:
+        captions: one per image.
+        references: per image at least one.
+        document_frequency: of a larger set of references; by default of `references`. Over one image it is worth
+            nothing, and every score is 0.
+        tokenize: from a caption to its tokens; `str.split` where they are tokenised already.
+    Returns: [N] fp64, 0 to 10. Papers print the mean times 100.
+    Raises: ValueError or TypeError for lists of other lengths, without a reference, or that hold no strings.
+    """
+    checks.texts("cider_d", "captions", captions)
+    checks.text_sets("cider_d", "references", references, "captions", captions)
+    counted = [[ngrams(tokenize(text)) for text in texts] for texts in references]
+    frequency = DocumentFrequency._of(counted) if document_frequency is None else document_frequency
+    scores = np.zeros(len(captions))
+    for row, (caption, texts) in enumerate(zip(captions, counted, strict=True)):
+        found = _Vectors.of(ngrams(tokenize(caption)), frequency)
+        scores[row] = np.mean([_similarity(found, _Vectors.of(text, frequency)) for text in texts])
+    return 10 * scores
+
+
+class _Vectors(NamedTuple):
+    """tf-idf weights, their norm for each n, and the length in bigrams."""
+
+    weights: dict[Ngram, float]
+    norms: tuple[float, ...]
+    length: int
+
+    @classmethod
+    def of(cls, counts: Counter[Ngram], frequency: DocumentFrequency) -> _Vectors:
+        weights = {ngram: count * frequency.inverse(ngram) for ngram, count in counts.items()}
+        squares = [0.0] * LONGEST
+        for ngram, weight in weights.items():
+            squares[len(ngram) - 1] += weight * weight
+        length = sum(count for ngram, count in counts.items() if len(ngram) == 2)
+        return cls(weights, tuple(map(math.sqrt, squares)), length)
+
+
+def _similarity(caption: _Vectors, reference: _Vectors) -> float:
+    products = [0.0] * LONGEST
+    for ngram, weight in caption.weights.items():
+        if (other := reference.weights.get(ngram)) is not None:
+            products[len(ngram) - 1] += min(weight, other) * other
+    penalty = math.exp(-((caption.length - reference.length) ** 2) / (2 * SIGMA**2))
+    norms = [a * b for a, b in zip(caption.norms, reference.norms, strict=True)]
+    cosines = [product / norm if norm else 0.0 for product, norm in zip(products, norms, strict=True)]
+    return penalty * sum(cosines) / LONGEST
