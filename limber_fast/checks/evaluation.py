@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from limber_fast.checks.general import invalid
+from limber_fast.checks.general import invalid, real
 
 
 def texts(op: str, name: str, x: Any) -> None:
@@ -53,3 +53,25 @@ def _sequence(op: str, name: str, x: Any, contract: str) -> None:
 def _text(op: str, name: str, x: Any) -> None:
     if not isinstance(x, str):
         raise invalid(op, name, "be a string", type(x).__name__, kind=TypeError)
+
+
+def at_least_two(op: str, name: str, x: Sequence[Sequence], remedy: str) -> None:
+    for row, entries in enumerate(x):
+        if len(entries) < 2:
+            raise invalid(op, f"{name}[{row}]", "have at least two entries", str(len(entries)), remedy)
+
+
+def two_or_more(op: str, name: str, count: int) -> None:
+    if count < 2:
+        raise invalid(op, name, "be at least 2", str(count))
+
+
+def one_score_per_row(op: str, name: str, x: np.ndarray) -> None:
+    if x.ndim != 1:
+        raise invalid(op, name, "be [N]", f"shape {x.shape}")
+
+
+def open_share(op: str, name: str, x: Any) -> None:
+    real(op, name, x)
+    if not 0 < x < 1:
+        raise invalid(op, name, "lie between 0 and 1", repr(x))
