@@ -19,7 +19,7 @@ constexpr int64_t MOST_REDUCED = int64_t(1) << 16;
 // (where it is the only one over that block), or the next block into L2. For several products over a block, L1 instead
 // of L2 gives 77% instead of 95% of the dot products' peak (16 rows).
 enum class Ahead { none, own_block, next_block };
-constexpr int64_t OWN_BLOCK_AHEAD = 4096;
+constexpr int64_t OWN_BLOCK_AHEAD = 2048;  // 4096: 4.6 instead of 3.9 ms for one row of 8 bits by 28672 x 4096
 
 #if defined(LIMBER_BF16_PAIRS)
 

@@ -22,15 +22,19 @@ inline void int8_linear_fwd(const Int8LinearParams& p) {
     if (to) advise_huge_pages(to, p.M * p.N * size_of(p.dtype));
   Int8Rows rows(p.M, p.K, p.eight_bits ? 1 : 2, p.threads);
   const Int8LinearForward forward(p, rows);
-#pragma omp parallel num_threads(p.threads)
-  {
-    [[maybe_unused]] const auto session = tile_session(rows);
+  const auto quantise = [&] {
     rows.quantise(
         [&](int64_t m, float* to) {
           const char* x = (const char*)p.x + m * p.x_stride * size_of(p.dtype);
           for (int64_t k = 0; k < p.K; k += simd::W) simd::store(to + k, load_as_float(p.dtype, x, k, p.K - k));
         },
         p.eight_bits ? p.outlier_threshold : 0);
+  };
+  if (p.M == 1) quantise();  // 2 us of one thread; barriers would cost more
+#pragma omp parallel num_threads(p.threads)
+  {
+    [[maybe_unused]] const auto session = tile_session(rows);
+    if (p.M > 1) quantise();
     forward.run();
   }
 }

@@ -37,12 +37,10 @@ class Int8Epilogue {
   template <class Element>
   void begin(int64_t block, const Element& element) {
     column_ = block * BLOCK, left_ = std::min<int64_t>(BLOCK, o.columns - column_);
-    for (int c = 0; c < BLOCK; c++) {
-      const bool real = c < left_;
-      sums_[c] = real ? o.weight_sums[column_ + c] : 0;
-      scale_[c] = !real ? 0 : o.scales ? o.scales[column_ + c] : 1;
-      bias_[c] = real && o.bias ? o.bias[column_ + c] : 0;
-    }
+    std::memset(sums_, 0, sizeof(sums_)), std::memcpy(sums_, o.weight_sums + column_, left_ * sizeof(int32_t));
+    std::fill(scale_, scale_ + BLOCK, 1.f), std::memset(bias_, 0, sizeof(bias_));
+    if (o.scales) std::memcpy(scale_, o.scales + column_, left_ * sizeof(float));
+    if (o.bias) std::memcpy(bias_, o.bias + column_, left_ * sizeof(float));
     float* to = far_;
     for (const int32_t k : rows.outlier_columns())
       for (int c = 0; c < BLOCK; c++) *to++ = element(k, c);

@@ -108,6 +108,7 @@ class Int8Rows {
 #else
   static constexpr int TILES_FROM = 0;  // never
 #endif
+  static constexpr float INF = std::numeric_limits<float>::infinity();
   static constexpr float FAR = 32;  // root mean squares; no more than K / 1024 elements lie beyond
 
   struct Outlier {
@@ -136,23 +137,27 @@ class Int8Rows {
     return r;
   }
 
-  float limit_of(const float* row, float threshold) const {
-    if (threshold) return threshold;
-    constexpr float infinity = std::numeric_limits<float>::infinity();
-    if (K < FAR * FAR) return infinity;
-    simd::vec squares = simd::zero();
+  // Where outliers begin without a threshold. A row without one, most of them, has its range from the same pass.
+  float far_limit(const float* row, Range& r) const {
+    simd::vec low = simd::zero(), high = simd::zero(), squares = simd::zero();
     for (int64_t k = 0; k < K; k += simd::W) {
       const simd::vec x = simd::load(row + k);
+      low = simd::min(low, x), high = simd::max(high, x);
       squares = simd::fma(x, x, squares);
     }
-    const float sum =
-        simd::sum(squares);  // overflows, is NaN or vanishes: elements that are not finite stand out alone
-    return sum > 1e-30f && sum < infinity ? FAR * std::sqrt(sum / (float)K) : infinity;
+    const float sum = simd::sum(squares);
+    // Overflows, is NaN or vanishes: elements that are not finite stand out alone.
+    if (!(sum > 1e-30f && sum < INF)) return INF;
+    const float limit = K < FAR * FAR ? INF : FAR * std::sqrt(sum / (float)K);
+    r.low = simd::hmin(low), r.high = simd::hmax(high);
+    if (std::max(-r.low, r.high) < limit) r.inside = round_up(K, simd::W);
+    return limit;
   }
 
   void quantise_row(int64_t m, float* row, float threshold, std::vector<Outlier>& found) {
-    const float limit = limit_of(row, threshold);
-    const Range r = range(row, limit);
+    Range r;
+    const float limit = threshold ? threshold : far_limit(row, r);
+    if (!r.inside) r = range(row, limit);
     if (r.inside < round_up(K, simd::W))
       for (int64_t k = 0; k < K; k++)
         if (!(std::fabs(row[k]) < limit)) found.push_back({m, (int32_t)k, row[k]}), row[k] = 0;
