@@ -14,6 +14,7 @@ from limber_fast import checks
 from limber_fast.models.gptj_attention import KVCache
 
 _OP = "GPTJ.generate"
+NUCLEUS = 256
 OnToken = Callable[[int, int, str], None]
 
 
@@ -59,18 +60,23 @@ class Sampler:
         """logits: [B, V] fp32."""
         if self.temperature == 0:
             return logits.argmax(-1).tolist()
-        kept = logits.shape[-1] if self.top_k is None else min(self.top_k, logits.shape[-1])
-        if self.top_k is None and self.top_p is None:
-            scores, ids = logits, None
-        else:
-            scores, ids = logits.topk(kept, dim=-1)  # in falling order
-        scores = scores / self.temperature
-        if self.top_p is not None:
-            before = scores.softmax(-1).cumsum(-1) - scores.softmax(-1)  # the likeliest token is always kept
-            scores = scores.masked_fill((before >= self.top_p) & (before > 0), -torch.inf)
-        drawn = torch.stack(
-            [torch.multinomial(row, 1, generator=g) for row, g in zip(scores.softmax(-1), generators, strict=True)]
-        )
+        scores, ids = logits.double() / self.temperature, None
+        highest, total = scores.amax(-1, keepdim=True), None
+        if self.top_k is not None:
+            scores, ids = scores.topk(min(self.top_k, scores.shape[-1]))  # in falling order
+        elif self.top_p is not None:
+            # All of GPT-J's vocabulary in order takes 2.8 ms a row, the first 256 tokens, mostly enough, 0.14 ms.
+            total = (scores - highest).exp().sum(-1, keepdim=True)
+            first, ids = scores.topk(min(NUCLEUS, scores.shape[-1]))
+            enough = (first - highest).exp().sum(-1, keepdim=True) >= self.top_p * total
+            scores, ids = (first, ids) if bool(enough.all()) else scores.sort(descending=True)
+        cumulative = (scores - highest).exp().cumsum(-1)
+        total = cumulative[:, -1:] if total is None else total
+        if self.top_p is not None:  # up to the first token that reaches p
+            last = torch.searchsorted(cumulative, self.top_p * total).clamp(max=scores.shape[-1] - 1)
+            total = cumulative.gather(-1, last)
+        u = torch.cat([torch.rand(1, dtype=torch.float64, device=g.device, generator=g) for g in generators])
+        drawn = torch.searchsorted(cumulative, u[:, None] * total, right=True).clamp(max=scores.shape[-1] - 1)
         return (drawn if ids is None else ids.gather(-1, drawn)).flatten().tolist()
 
 

@@ -106,6 +106,25 @@ def test_share_of_each_token(sampler, expected):
     assert (found - expected).abs().max() < 4 * math.sqrt(0.25 / draws)  # four standard deviations
 
 
+@pytest.mark.parametrize("flat", [True, False])
+def test_nucleus_beyond_the_first_tokens(flat):
+    """A flat distribution needs more tokens than are looked at first; a row beside it draws as it does alone."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 2000, generator=generator) * torch.tensor([[0.1 if flat else 8.0], [8.0]])
+    sampler, draws = Sampler(1.0, top_p=0.5), 300
+
+    def drawn(rows: list[int]) -> list[list[int]]:
+        generators = [torch.Generator().manual_seed(row) for row in rows]
+        return [sampler(logits[rows], generators) for _ in range(draws)]
+
+    both = drawn([0, 1])
+    assert [row[1] for row in both] == [row[0] for row in drawn([1])]
+    probabilities = logits[0].double().softmax(-1).sort(descending=True)
+    size = int((probabilities.values.cumsum(-1) < 0.5).sum()) + 1
+    assert {row[0] for row in both} <= set(probabilities.indices[:size].tolist())
+    assert (size > 256) == flat == (len({row[0] for row in both}) > 100)
+
+
 def letters(text: str, **how) -> Row:
     """A row that was given one letter a token."""
     row = Row(Stopping(tokenizer=SimpleNamespace(decode=lambda ids, **_: "".join(map(chr, ids))), **how))
