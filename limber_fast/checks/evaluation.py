@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from limber_fast.checks.general import invalid, real
+from limber_fast.checks.general import invalid, real, shape_of
 
 
 def texts(op: str, name: str, x: Any) -> None:
@@ -75,3 +77,25 @@ def open_share(op: str, name: str, x: Any) -> None:
     real(op, name, x)
     if not 0 < x < 1:
         raise invalid(op, name, "lie between 0 and 1", repr(x))
+
+
+def features_of_width(op: str, name: str, x: Tensor, width: int) -> None:
+    if x.shape[1] != width:
+        raise invalid(op, name, f"have D = {width} features, as the others", shape_of(x))
+
+
+def directions(op: str, name: str, x: Tensor) -> None:
+    """Finite rows, none of zeros: others have no cosine."""
+    if not (good := torch.isfinite(x).all(1) & (x != 0).any(1)).all():
+        row = int((~good).nonzero()[0])
+        found = "zeros" if bool((x[row] == 0).all()) else "NaN or infinity"
+        raise invalid(op, name, "be finite, and no row all zeros", f"{found} in row {row}")
+
+
+def every_row(op: str, name: str, owners: Tensor, rows: int) -> None:
+    """Indices within [0, rows), each at least once."""
+    if owners.ndim != 1 or int(owners.min()) < 0 or int(owners.max()) >= rows:
+        raise invalid(op, name, f"lie within [0, {rows})", f"from {int(owners.min())} to {int(owners.max())}")
+    missing = (owners.bincount(minlength=rows) == 0).nonzero()
+    if len(missing):
+        raise invalid(op, name, "name every image at least once", f"none for image {int(missing[0])}")
