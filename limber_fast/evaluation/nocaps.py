@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from limber_fast import checks
+from limber_fast.data.captions import DOMAINS
 from limber_fast.evaluation.cider import DocumentFrequency, cider_d
 
-DOMAINS = ("in-domain", "near-domain", "out-domain")
 ALL = "all"
 
 
