@@ -77,9 +77,16 @@ class SmallResNet(nn.Module):
         self.head = nn.Linear(4 * 4 * width, embed_dim)
 
     def forward(self, images: Tensor) -> Tensor:
+        return self.head(self._map(images).flatten(1))
+
+    def grid(self, images: Tensor) -> Tensor:
+        """The 2x2 map before the head, place by place: [B, 4, 4 * width]."""
+        return self._map(images).flatten(2).mT
+
+    def _map(self, images: Tensor) -> Tensor:
         x = (4 * images - 2).contiguous(memory_format=torch.channels_last)
         x = F.relu(self.norm(self.stem(x)), inplace=True)
-        return self.head(self.pool(self.blocks(x)).flatten(1))
+        return self.pool(self.blocks(x))
 
 
 class SmallClip(CLIP):

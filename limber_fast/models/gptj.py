@@ -131,6 +131,7 @@ class GPTJ(FrozenGPTJ):
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        nucleus_first: bool = False,
         seed: int | None = None,
         eos_token_id: int | Sequence[int] | None = None,
         stop_strings: str | Sequence[str] = (),
@@ -147,6 +148,7 @@ class GPTJ(FrozenGPTJ):
             max_new_tokens: behind each prompt; together at most n_positions.
             temperature: 0 takes the most likely token; otherwise logits are divided by it and a token is drawn.
             top_k, top_p: draw among the k likeliest tokens, then among the fewest whose probabilities reach p.
+            nucleus_first: take the probabilities of top_p before the temperature divides the logits, not after.
             seed: of the draws; row r draws by seed + r, whatever the other rows are. By default torch's generator.
             eos_token_id: end of text, one id or several; by default the config's, () for none.
             stop_strings: end a text that holds one, which is cut off. Needs `tokenizer`.
@@ -161,7 +163,7 @@ class GPTJ(FrozenGPTJ):
         eos = self.config.eos_token_ids if eos_token_id is None else eos_token_id
         eos = (eos,) if isinstance(eos, int) else tuple(eos)
         strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
-        sampler = Sampler(temperature, top_k, top_p)
+        sampler = Sampler(temperature, top_k, top_p, nucleus_first)
         stopping = Stopping(eos, strings, repetition_stop, tokenizer)
         sampler.check()
         stopping.check()

@@ -43,6 +43,7 @@ class Sampler:
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    nucleus_first: bool = False  # top_p of the probabilities before the temperature
 
     def check(self) -> None:
         checks.not_negative(_OP, "temperature", self.temperature)
@@ -60,23 +61,29 @@ class Sampler:
         """logits: [B, V] fp32."""
         if self.temperature == 0:
             return logits.argmax(-1).tolist()
-        scores, ids = logits.double() / self.temperature, None
-        highest, total = scores.amax(-1, keepdim=True), None
+        scores, ids = logits.double(), None
+        highest = scores.amax(-1, keepdim=True)
+
+        def weights(scores: Tensor, temperature: float = self.temperature) -> Tensor:
+            return ((scores - highest) / temperature).exp()
+
+        measured = 1.0 if self.nucleus_first else self.temperature  # the temperature of top_p's probabilities
         if self.top_k is not None:
             scores, ids = scores.topk(min(self.top_k, scores.shape[-1]))  # in falling order
+            total = weights(scores, measured).sum(-1, keepdim=True)
         elif self.top_p is not None:
             # All of GPT-J's vocabulary in order takes 2.8 ms a row, the first 256 tokens, mostly enough, 0.14 ms.
-            total = (scores - highest).exp().sum(-1, keepdim=True)
+            total = weights(scores, measured).sum(-1, keepdim=True)
             first, ids = scores.topk(min(NUCLEUS, scores.shape[-1]))
-            enough = (first - highest).exp().sum(-1, keepdim=True) >= self.top_p * total
+            enough = weights(first, measured).sum(-1, keepdim=True) >= self.top_p * total
             scores, ids = (first, ids) if bool(enough.all()) else scores.sort(descending=True)
-        cumulative = (scores - highest).exp().cumsum(-1)
-        total = cumulative[:, -1:] if total is None else total
+        cumulative = weights(scores).cumsum(-1)
+        end = cumulative[:, -1:]
         if self.top_p is not None:  # up to the first token that reaches p
-            last = torch.searchsorted(cumulative, self.top_p * total).clamp(max=scores.shape[-1] - 1)
-            total = cumulative.gather(-1, last)
+            last = torch.searchsorted(weights(scores, measured).cumsum(-1), self.top_p * total)
+            end = cumulative.gather(-1, last.clamp(max=scores.shape[-1] - 1))
         u = torch.cat([torch.rand(1, dtype=torch.float64, device=g.device, generator=g) for g in generators])
-        drawn = torch.searchsorted(cumulative, u[:, None] * total, right=True).clamp(max=scores.shape[-1] - 1)
+        drawn = torch.searchsorted(cumulative, u[:, None] * end, right=True).clamp(max=scores.shape[-1] - 1)
         return (drawn if ids is None else ids.gather(-1, drawn)).flatten().tolist()
 
 

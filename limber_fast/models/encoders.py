@@ -1,0 +1,207 @@
+"""Frozen image encoders of LiMBeR: pictures to [n, k, D] features, one soft prompt each, with the right preprocessing.
+
+An encoder comes from the library that maintains it (open_clip, timm, transformers); here is only where its features are
+taken from. `encoder(name)` makes one by name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from limber_fast import checks
+from limber_fast.optional import needed
+
+_OP = "encoder"
+# What LiMBeR's rows are called: the encoder, and whether it is pre-trained.
+NAMED = {
+    "clip": ("open_clip:RN50x16", "openai"),
+    "clip-random": ("open_clip:RN50x16", None),
+    "beit": ("beit", "microsoft/beit-large-patch16-224-pt22k"),
+    "beit-ft": ("beit", "microsoft/beit-large-patch16-224-pt22k-ft22k"),
+    "beit-random": ("beit", None),
+    "nfrn50": ("nfrn50", True),
+    "nfrn50-random": ("nfrn50", None),
+}
+# BEIT-Large; what its config.json says where it differs from BeitConfig's defaults (arXiv 2106.08254, table 1).
+_BEIT_LARGE = {
+    "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096,
+    "use_relative_position_bias": True, "layer_scale_init_value": 1e-5, "use_mean_pooling": True,
+}  # fmt: skip
+
+
+class ImageEncoder(nn.Module):
+    """A picture encoder cut where LiMBeR takes its features.
+
+    Attributes:
+        name: what `encoder` made it by. tokens: k. width: D. size: (H, W) that `preprocess` gives.
+        preprocess: PIL image -> [3, H, W] fp32.
+    """
+
+    def __init__(
+        self, name: str, trunk: nn.Module, take: Callable[[nn.Module, Tensor], Tensor],
+        preprocess: Callable[[Any], Tensor], size: int | tuple[int, int],
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.name, self.trunk, self._take, self.preprocess = name, trunk, take, preprocess
+        self.size = (size, size) if isinstance(size, int) else tuple(size)
+        self.requires_grad_(False).eval()
+        with torch.no_grad():
+            self.tokens, self.width = self(torch.zeros(1, 3, *self.size)).shape[1:]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Preprocessed images [n, 3, H, W] -> features [n, k, D]."""
+        x = self._take(self.trunk, images)
+        return x[:, None] if x.ndim == 2 else x
+
+    def pixels(self, images: Sequence[Any] | Tensor) -> Tensor:
+        """PIL images, or a tensor that is preprocessed already, as [n, 3, H, W] on the encoder's device."""
+        if not isinstance(images, Tensor):
+            images = torch.stack([self.preprocess(image) for image in images])
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise checks.invalid(self.name, "images", "be pictures or [n, 3, H, W]", checks.shape_of(images))
+        first = next(self.parameters(), None)
+        return images if first is None else images.to(first.device, first.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.name}: {self.tokens} x {self.width} from {self.size[0]} x {self.size[1]} pixels"
+
+
+def encoder(name: str, *, weights: str | os.PathLike[str] | bool | None = True, seed: int = 0) -> ImageEncoder:
+    """An encoder by name.
+
+    Args:
+        name: 'clip' (RN50x16, the 12 x 12 grid before attention pooling: 144 x 3072), 'beit' and 'beit-ft' (BEIT-Large,
+            its 196 patches x 1024), 'nfrn50' (NF-ResNet50, pooled: 1 x 2048), each with '-random' for the same without
+            pre-training; 'open_clip:MODEL' and 'timm:MODEL' for any model of those libraries (the grid of a
+            convolutional one, the patches of a transformer); 'demo:CHECKPOINT' for the CLIP of `limber-fast demo`,
+            whose 2 x 2 grid is taken.
+        weights: True for the pre-trained ones, which the libraries download; a tag of theirs, or a file of a state dict
+            (read with weights_only); False or None for random ones.
+        seed: of random weights.
+
+    Raises: ValueError for an unknown name. ImportError with the command that installs what is missing.
+    """
+    base, tag = NAMED.get(name, (name, True))
+    chosen = tag if weights is True else weights
+    kind, _, model = base.partition(":")
+    makers = {"open_clip": _open_clip, "timm": _timm, "beit": _beit, "nfrn50": _nfrn50, "demo": _demo}
+    if kind not in makers or (kind in ("open_clip", "timm", "demo")) != bool(model):
+        known = ", ".join([*NAMED, "open_clip:MODEL", "timm:MODEL", "demo:CHECKPOINT"])
+        raise checks.invalid(_OP, "name", f"be one of {known}", repr(name))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return makers[kind](name, model, chosen or None)
+
+
+def _is_file(weights: Any) -> bool:
+    return isinstance(weights, os.PathLike) or (isinstance(weights, str) and Path(weights).is_file())
+
+
+def _load(trunk: nn.Module, path: str | os.PathLike[str]) -> None:
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    found = trunk.load_state_dict(state, strict=False)
+    if missing := found.missing_keys:
+        raise checks.invalid(_OP, f"{path}", f"hold {missing[0]!r}", f"{len(state)} other tensors")
+
+
+def _open_clip(name: str, model: str, weights: Any) -> ImageEncoder:
+    open_clip = needed("open_clip", f"encoder {name!r}")
+    if open_clip.get_model_config(model) is None:
+        raise checks.invalid(_OP, "name", "be a model of open_clip.list_models()", repr(model))
+    found = open_clip.create_model(model, pretrained=None if weights in (None, True) else str(weights)).eval()
+    visual = found.visual
+    size = visual.image_size
+    preprocess = open_clip.image_transform(size, is_train=False, mean=visual.image_mean, std=visual.image_std)
+    if hasattr(visual, "attnpool"):  # open_clip's ModifiedResNet
+        visual.attnpool = nn.Identity()
+        take = _grid
+    elif hasattr(visual, "trunk"):  # a timm model
+        visual, take = visual.trunk, _timm_features
+    else:
+        visual.output_tokens, take = True, lambda trunk, images: trunk(images)[1]
+    return ImageEncoder(name, visual, take, preprocess, size)
+
+
+def _grid(trunk: nn.Module, images: Tensor) -> Tensor:
+    return trunk(images).flatten(2).mT
+
+
+def _timm(name: str, model: str, weights: Any) -> ImageEncoder:
+    timm = needed("timm", f"encoder {name!r}")
+    if not timm.is_model(model.partition(".")[0]):
+        raise checks.invalid(_OP, "name", "be a model of timm.list_models()", repr(model))
+    trunk = timm.create_model(model, pretrained=weights is True, num_classes=0)
+    if _is_file(weights):
+        _load(trunk, weights)
+    data = timm.data.resolve_model_data_config(trunk)
+    transform = timm.data.create_transform(**data, is_training=False)
+    return ImageEncoder(name, trunk, _timm_features, lambda image: transform(_rgb(image)), data["input_size"][1:])
+
+
+def _timm_features(trunk: nn.Module, images: Tensor) -> Tensor:
+    x = trunk.forward_features(images)
+    if x.ndim == 3:
+        return x[:, getattr(trunk, "num_prefix_tokens", 0) :]
+    return (x if x.shape[1] == trunk.num_features else x.movedim(3, 1)).flatten(2).mT
+
+
+def _beit(name: str, _: str, weights: Any) -> ImageEncoder:
+    transformers, transforms = needed("transformers", f"encoder {name!r}"), needed("torchvision.transforms", name)
+    if weights is None or _is_file(weights):
+        trunk = transformers.BeitModel(transformers.BeitConfig(**_BEIT_LARGE), add_pooling_layer=False)
+        if weights is not None:
+            _load(trunk, weights)
+    else:
+        trunk = transformers.BeitModel.from_pretrained(weights, add_pooling_layer=False)
+    size, half = trunk.config.image_size, (0.5, 0.5, 0.5)
+    bilinear = transforms.InterpolationMode.BILINEAR
+    preprocess = transforms.Compose([  # both sides to the size: not in proportion
+        _rgb, transforms.Resize((size, size), bilinear), transforms.ToTensor(), transforms.Normalize(half, half),
+    ])  # fmt: skip
+    return ImageEncoder(name, trunk, lambda trunk, images: trunk(images).last_hidden_state[:, 1:], preprocess, size)
+
+
+def _nfrn50(name: str, _: str, weights: Any) -> ImageEncoder:
+    timm, transforms = needed("timm", f"encoder {name!r}"), needed("torchvision.transforms", name)
+    trunk = timm.create_model("nf_resnet50", pretrained=weights is True, num_classes=0)
+    if _is_file(weights):
+        _load(trunk, weights)
+    preprocess = transforms.Compose([_rgb, transforms.CenterCrop(384), transforms.ToTensor()])  # smaller ones: zeros
+    return ImageEncoder(name, trunk, lambda trunk, images: trunk.forward_features(images).mean((2, 3)), preprocess, 384)
+
+
+def _demo(name: str, checkpoint: str, weights: Any) -> ImageEncoder:
+    from limber_fast.demo import load_model
+    from limber_fast.models.clip import SmallResNet
+
+    model, _ = load_model(Path(checkpoint))
+    visual = model.visual
+    if weights is None:
+        visual = SmallResNet(model.config.embed_dim, model.config.image_size, model.config.image_width)
+    return ImageEncoder(name, visual, lambda trunk, images: trunk.grid(images), small_pixels, visual.image_size)
+
+
+def _rgb(image: Any) -> Any:
+    return image.convert("RGB")
+
+
+def small_pixels(image: Any) -> Tensor:
+    """A picture as the demo's CLIP takes it: 32 x 32, channels in [0, 1], transparency on white."""
+    import numpy as np
+    from PIL import Image
+
+    if image.mode in ("RGBA", "LA", "P"):
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(ground, image)
+    pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+    if pixels.shape[1:] != (32, 32):
+        pixels = F.interpolate(pixels[None], (32, 32), mode="area")[0]
+    return pixels

@@ -1,0 +1,41 @@
+"""Packages that only some features need."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+_DISTRIBUTIONS = {"open_clip": "open_clip_torch", "PIL": "pillow", "sklearn": "scikit-learn"}
+
+
+def needed(module: str, what: str) -> Any:
+    """The module, or one line that says what needs it and how to get it.
+
+    Raises: ImportError.
+    """
+    top = module.partition(".")[0]
+    try:
+        if top == "transformers":
+            _settle_kernels()
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != top:
+            raise  # the package is there; something that it needs is not
+        package = _DISTRIBUTIONS.get(top, top)
+        raise ImportError(f"{what} needs {package}: pip install {package}") from error
+
+
+def _settle_kernels() -> None:
+    """Lets transformers ask for the package `kernels` (of Hugging Face) without meeting our folder of that name,
+    which is on sys.path where Python was started in the repository. It asks once and remembers."""
+    ours = str(Path(__file__).resolve().parents[1] / "kernels" / "__init__.py")
+    if "kernels" in sys.modules or getattr(find_spec("kernels"), "origin", None) != ours:
+        return
+    sys.modules["kernels"] = None
+    try:
+        import_module("transformers.utils.import_utils").is_kernels_available()
+    finally:
+        del sys.modules["kernels"]

@@ -1,0 +1,120 @@
+"""Encoders in their published shapes, with random weights and real picture files."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("timm")
+pytest.importorskip("open_clip")
+pytest.importorskip("transformers")
+
+from PIL import Image
+
+from limber_fast.data.emoji import EmojiDataset
+from limber_fast.demo import build_trainer
+from limber_fast.models.encoders import encoder, small_pixels
+from limber_fast.training.config import TrainConfig
+from limber_fast.training.drawings import Drawings
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A wide JPEG and a transparent PNG, as files."""
+    folder = tmp_path_factory.mktemp("pictures")
+    wide = Image.linear_gradient("L").resize((500, 300)).convert("RGB")
+    wide.save(folder / "wide.jpg")
+    small = Image.new("RGBA", (100, 90), (255, 0, 0, 0))
+    small.paste((0, 0, 255, 255), (0, 0, 50, 90))
+    small.save(folder / "small.png")
+    return [Image.open(folder / name) for name in ("wide.jpg", "small.png")]
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "width", "size"),
+    [("clip-random", 144, 3072, 384), ("beit-random", 196, 1024, 224), ("nfrn50-random", 1, 2048, 384),
+     ("open_clip:RN50", 49, 2048, 224), ("open_clip:ViT-B-32", 49, 768, 224), ("timm:resnet18", 49, 512, 224),
+     ("timm:vit_tiny_patch16_224", 196, 192, 224)],
+)  # fmt: skip
+def test_shapes(name, tokens, width, size, pictures):
+    found = encoder(name, weights=None)
+    assert (found.tokens, found.width, found.size) == (tokens, width, (size, size))
+    pixels = found.pixels(pictures)
+    assert pixels.shape == (2, 3, size, size)
+    with torch.no_grad():
+        features = found(pixels)
+    assert features.shape == (2, tokens, width) and features.isfinite().all() and features.std() > 0
+    assert not found.training and not any(p.requires_grad for p in found.parameters())
+
+
+def test_grid_is_row_by_row_before_the_attention_pooling():
+    found = encoder("open_clip:RN50", weights=None)
+    x = torch.randn(1, 3, 224, 224)
+    trunk = found.trunk
+    with torch.no_grad():
+        grid = trunk.layer4(trunk.layer3(trunk.layer2(trunk.layer1(trunk.stem(x)))))
+        features = found(x)
+    torch.testing.assert_close(features[0, 7 * 2 + 3], grid[0, :, 2, 3])
+
+
+def test_seeds_of_random_weights():
+    state = torch.random.get_rng_state()
+    one, same, other = (encoder("timm:resnet18", weights=None, seed=s).trunk.conv1.weight for s in (1, 1, 2))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_nfrn50_crops_or_pads_with_zeros(pictures):
+    preprocess = encoder("nfrn50-random").preprocess
+    wide, small = (preprocess(picture) for picture in pictures)
+    assert wide.min() >= 0 and wide.max() <= 1 and wide[:, 0].eq(0).all()
+    assert small[:, :140].eq(0).all() and small[2, 192, 160] == 1
+
+
+def test_weights_from_a_file(tmp_path):
+    state = encoder("timm:resnet18", weights=None, seed=5).trunk.state_dict()
+    torch.save(state, tmp_path / "weights.pt")
+    found = encoder("timm:resnet18", weights=tmp_path / "weights.pt")
+    assert torch.equal(found.trunk.conv1.weight, state["conv1.weight"])
+    torch.save({"other": torch.zeros(1)}, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"weights.pt must hold 'conv1.weight'"):
+        encoder("timm:resnet18", weights=tmp_path / "weights.pt")
+
+
+def test_the_demos_clip(tmp_path, pictures):
+    drawings = Drawings.of(EmojiDataset(fold="train"))
+    trainer = build_trainer(TrainConfig(concepts_per_batch=8), drawings)
+    trainer.save(tmp_path)
+    found = encoder(f"demo:{tmp_path / 'checkpoint.pt'}")
+    assert (found.tokens, found.width) == (4, 192)
+    images = drawings.images[:3].float() / 255
+    with torch.no_grad():
+        torch.testing.assert_close(
+            found.trunk.head(found(images).mT.flatten(1)), trainer.averaged_model().encode_image(images)
+        )
+    assert small_pixels(pictures[1])[:, :, -1].eq(1).all()  # transparency is white
+    other = encoder(f"demo:{tmp_path / 'checkpoint.pt'}", weights=None)
+    assert not torch.equal(other(images), found(images))
+
+
+@pytest.mark.parametrize("name", ["resnet", "timm:", "beit:x", "timm:no_such_model", "open_clip:no-such"])
+def test_unknown_names(name):
+    with pytest.raises(ValueError, match="encoder: name must be"):
+        encoder(name, weights=None)
+
+
+def test_transformers_loads_in_the_repository_folder():
+    """There `kernels` is a name of ours on sys.path, and transformers asks for a package of that name."""
+    code = "from limber_fast.optional import needed; print(needed('transformers', 'test').BeitConfig().hidden_size)"
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.strip() == "768", done.stderr
+
+
+def test_missing_package_is_one_line():
+    from limber_fast.optional import needed
+
+    with pytest.raises(ImportError, match=r"^captions needs no_such_package: pip install no_such_package$"):
+        needed("no_such_package.part", "captions")

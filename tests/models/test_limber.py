@@ -1,0 +1,186 @@
+"""Limber against the same written in plain PyTorch over transformers' GPT-J."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("transformers")
+
+from gptj_cases import byte_tokenizer, transformers_gptj
+
+from limber_fast import GPTJ
+from limber_fast.models.limber import DECODING, IMAGE, Limber
+
+K, D = 5, 24
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    return transformers_gptj("tiny")
+
+
+def limber_of(theirs, dtype=torch.float32, **options):
+    model = GPTJ.from_transformers(theirs, weights="float", dtype=dtype)
+    torch.manual_seed(1)
+    return Limber(None, model, byte_tokenizer(), width=D, **options).eval()
+
+
+@pytest.fixture
+def limber(theirs):
+    return limber_of(theirs)
+
+
+def features_of(n, seed=0):
+    return torch.randn(n, K, D, generator=torch.Generator().manual_seed(seed))
+
+
+def plain(limber, theirs, features, before=(), text=()):
+    """[1, S, E] of ids, one picture and ids, in the dtype of `theirs`."""
+    wte = theirs.transformer.wte.weight
+    soft = F.linear(features.to(wte), limber.projection.weight.to(wte), limber.projection.bias.to(wte))
+    ids = [torch.tensor(x, dtype=torch.long) for x in (before, text)]
+    return torch.cat([wte[ids[0]], soft, wte[ids[1]]])[None]
+
+
+def test_loss_and_gradients_are_the_plain_ones(limber, theirs):
+    captions = ["a red fox", "b", "an octopus of the sea"]
+    features = features_of(3)
+    limber(features, captions).backward()
+    exact = transformers_gptj("tiny").double()
+    weight, bias = (p.detach().double().requires_grad_() for p in limber.projection.parameters())
+    total, count = 0, 0
+    for x, caption in zip(features.double(), captions, strict=True):
+        ids = torch.tensor([*limber.tokenizer(caption).input_ids, 0])
+        embeds = torch.cat([F.linear(x, weight, bias), exact.transformer.wte.weight[ids]])[None]
+        logits = exact(inputs_embeds=embeds).logits[0, K - 1 : -1]
+        total, count = total + F.cross_entropy(logits, ids, reduction="sum"), count + len(ids)
+    (total / count).backward()
+    torch.testing.assert_close(limber(features, captions).double(), total / count, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(limber.projection.weight.grad.double(), weight.grad, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(limber.projection.bias.grad.double(), bias.grad, atol=1e-6, rtol=1e-4)
+    assert all(p.grad is None for p in limber.language_model.parameters())
+
+
+def test_captions_are_those_of_transformers(limber, theirs):
+    features, prompt = features_of(3), "A picture of"
+    found = limber.caption(features, prompt, max_new_tokens=12)
+    ids = limber.tokenizer(prompt).input_ids
+    for x, text in zip(features, found, strict=True):
+        embeds = plain(limber, theirs, x, text=ids)
+        said = theirs.generate(inputs_embeds=embeds, max_new_tokens=12, do_sample=False, pad_token_id=0)[0]
+        assert text == limber.tokenizer.decode(said, skip_special_tokens=True).strip()
+
+
+def test_answers_see_shots_and_stop_at_the_separator(limber, theirs):
+    features, (one, two) = features_of(2, 5), features_of(2, 6)
+    shots = [(one, "what?", "fox"), (two, "who?", "cat")]
+    found = limber.answer(features, ["where?", "why?"], shots, max_new_tokens=8)
+    tokens, wte = limber.tokenizer, theirs.transformer.wte.weight
+    for x, question, text in zip(features, ("where?", "why?"), found, strict=True):
+        parts = [one, "Q: what? A: fox\n", two, "Q: who? A: cat\n", x, f"Q: {question} A:"]
+        rows = [wte[tokens(p).input_ids] if isinstance(p, str) else limber.projection(p) for p in parts]
+        embeds = torch.cat(rows)[None].detach()
+        said = theirs.generate(inputs_embeds=embeds, max_new_tokens=8, do_sample=False, pad_token_id=0)[0]
+        assert text == tokens.decode(said, skip_special_tokens=True).partition("\n")[0].strip()
+    for i, question in enumerate(["where?", "why?"]):
+        assert limber.answer(features[i : i + 1], [question], shots, max_new_tokens=8) == [found[i]]
+
+
+def test_ragged_prompts_do_not_meet(limber):
+    features = features_of(3)
+    prompts = [[IMAGE, "abc"], ["x", IMAGE], [IMAGE]]
+    rows, lengths = limber.inputs_embeds(features, prompts)
+    assert lengths == [K + 3, K + 1, K] and len(rows) == sum(lengths)
+    soft = limber.projection(features)
+    torch.testing.assert_close(rows[:K], soft[0])
+    torch.testing.assert_close(rows[K + 4 : K + 4 + K], soft[1])
+    torch.testing.assert_close(rows[-K:], soft[2])
+
+
+def test_limbers_decoding_is_its_sampler():
+    """Against the published rule: drop what lies beyond a tenth of the probability, then sample at temperature 0.7."""
+    from limber_fast.models.gptj_generate import Sampler
+
+    logits = torch.randn(12, 50, generator=torch.Generator().manual_seed(0))
+    logits[:6] *= 0.2  # flat rows: several tokens stay
+    sampler, draws = Sampler(**DECODING["limber"]), 4000
+    generators = [torch.Generator().manual_seed(i) for i in range(draws)]
+    for row in logits:
+        ordered, ids = row.double().sort(descending=True)
+        kept = torch.cat([torch.tensor([True]), ordered.softmax(-1).cumsum(-1)[:-1] <= 0.1])
+        expected = torch.zeros(50, dtype=torch.float64)
+        expected[ids] = (ordered / 0.7).masked_fill(~kept, -torch.inf).softmax(-1)
+        found = torch.bincount(torch.tensor(sampler(row.expand(draws, -1), generators)), minlength=50) / draws
+        assert not found[expected == 0].any()
+        assert (found - expected).abs().max() < 5 * 0.5 / draws**0.5
+        assert row.abs().max() > 1 or kept.sum() > 2
+
+
+def test_sampling_is_reproducible(limber):
+    features = features_of(2)
+    one, again = (limber.caption(features, decoding="limber", max_new_tokens=10, seed=3) for _ in range(2))
+    assert one == again and len(one) == 2
+
+
+def test_dropout_and_layer_norm_of_magma(theirs):
+    limber = limber_of(theirs, layer_norm=True, dropout=0.5).train()
+    features = features_of(2)
+    a, b = (limber(features, ["ab", "c"], seed=4) for _ in range(2))
+    other = limber(features, ["ab", "c"], seed=5)
+    assert torch.equal(a, b) and not torch.equal(a, other)
+    a.backward()
+    assert limber.layer_norm.weight.grad.abs().sum() > 0 and not limber.language_model.training
+
+
+def test_saves_what_was_trained(limber, tmp_path):
+    limber.save_pretrained(tmp_path / "map")
+    again = Limber.from_pretrained(tmp_path / "map", limber.language_model, limber.tokenizer)
+    assert torch.equal(again.projection.weight, limber.projection.weight) and again.encoder is None
+    features = features_of(2)
+    assert again.caption(features, max_new_tokens=6) == limber.caption(features, max_new_tokens=6)
+    assert sorted(p.name for p in (tmp_path / "map").iterdir()) == ["limber.json", "projection.safetensors"]
+    whole = (tmp_path / "map" / "projection.safetensors").read_bytes()
+    (tmp_path / "map" / "projection.safetensors").write_bytes(whole[:-9])
+    with pytest.raises(ValueError, match=r"projection\.safetensors: the file must be a whole safetensors file"):
+        Limber.from_pretrained(tmp_path / "map", limber.language_model)
+    (tmp_path / "map" / "limber.json").write_text('{"format": "other"}')
+    with pytest.raises(ValueError, match=r"limber\.json: format must be"):
+        Limber.from_pretrained(tmp_path / "map", limber.language_model)
+
+
+def test_released_projection(limber, tmp_path):
+    path = tmp_path / "proj.ckpt"
+    state = {"weight": torch.randn(84, D), "bias": torch.randn(84)}
+    torch.save(state, path)
+    limber.load_projection(path)
+    assert torch.equal(limber.projection.weight, state["weight"]) and torch.equal(limber.projection.bias, state["bias"])
+    before = limber.projection.weight.clone()
+    bad = {
+        "weight and bias; got bias, proj.weight": {"proj.weight": state["weight"], "bias": state["bias"]},
+        r"'weight' must be \(84, 24\)": {**state, "weight": torch.zeros(84, D + 1)},
+        r"'bias' must be \(84,\)": {**state, "bias": torch.zeros(83)},
+    }
+    for says, found in bad.items():
+        torch.save(found, path)
+        with pytest.raises(ValueError, match=says):
+            limber.load_projection(path)
+    path.write_bytes(b"\x80\x04cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(ValueError, match="state dict that holds tensors alone"):
+        limber.load_projection(path)
+    assert torch.equal(limber.projection.weight, before)
+
+
+def test_bad_calls_are_one_line(limber, theirs):
+    features = features_of(2)
+    with pytest.raises(ValueError, match="captions must be 2, one for each picture; got 1"):
+        limber(features, ["a"])
+    with pytest.raises(ValueError, match="questions must be 2"):
+        limber.answer(features, ["a"])
+    with pytest.raises(ValueError, match="decoding must be one of 'greedy', 'limber'"):
+        limber.caption(features, decoding="beam")
+    with pytest.raises(ValueError, match="there is no encoder"):
+        limber.caption(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ValueError, match="width must be given"):
+        Limber(None, limber.language_model)
+    with pytest.raises(ValueError, match="tokenizer must be given"):
+        Limber(None, limber.language_model, width=D).caption(features)
