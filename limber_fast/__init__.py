@@ -4,6 +4,7 @@ from limber_fast.dispatch import BackendUnavailable, use_backend
 from limber_fast.integrations.transformers_gptj import PatchReport, patch, unpatch
 from limber_fast.losses import ClipLoss, SigLipLoss
 from limber_fast.models.gptj import GPTJ, GPTJConfig
+from limber_fast.models.limber import Limber
 from limber_fast.ops.frozen_cross_entropy import frozen_cross_entropy
 from limber_fast.ops.info_nce import InfoNceStats, info_nce
 from limber_fast.ops.int8_linear import Int8Weight, int8_linear, quantize_int8
@@ -18,6 +19,7 @@ __all__ = [
     "GPTJConfig",
     "InfoNceStats",
     "Int8Weight",
+    "Limber",
     "PagedBatch",
     "PatchReport",
     "SigLipLoss",

@@ -8,8 +8,8 @@ pytest.importorskip("transformers")
 
 from gptj_cases import byte_tokenizer, transformers_gptj
 
-from limber_fast import GPTJ
-from limber_fast.models.limber import DECODING, IMAGE, Limber
+from limber_fast import GPTJ, Limber
+from limber_fast.models.limber import DECODING, IMAGE
 
 K, D = 5, 24
 
