@@ -14,6 +14,8 @@ from limber_fast import native
 _TESTS = Path(__file__).resolve().parent
 sys.path[:] = [str(_TESTS), *(path for path in sys.path if Path(path or ".").resolve() != _TESTS.parent)]
 
+from poisoning import poison  # noqa: E402
+
 OWN_KERNELS = [f"cpu-{isa}" for isa in native.available_isas()]
 ENGINES = ["eager", *OWN_KERNELS]
 
@@ -40,16 +42,7 @@ def own_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uninitialised tensors hold NaN (bytes: 255), so that an element nobody writes, or reads too early, shows."""
-
-    def poison(allocate):
-        def allocate_poisoned(*args, **kwargs):
-            x = allocate(*args, **kwargs)
-            return x.fill_(torch.nan) if x.is_floating_point() else x.fill_(torch.iinfo(x.dtype).max)
-
-        return allocate_poisoned
-
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+    poison(monkeypatch)
 
 
 @pytest.fixture

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
-from limber_fast.checks.general import invalid, kind_of, real, same_device, same_dtype, shape_of
+from limber_fast.checks.general import FLOATS, invalid, kind_of, real, same_device, same_dtype, shape_of
 
 
 def same_features(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> None:
@@ -70,8 +71,65 @@ def shared_ids(op: str, n: int, m: int) -> None:
         raise invalid(op, "ids", "be a pair where N and M differ", f"one tensor with N = {n}, M = {m}", remedy)
 
 
-def single_process(op: str, found: dict[str, Any]) -> None:
-    """Constructor arguments of a distributed loss that this class does not take on."""
-    if found:
-        given = ", ".join(f"{name}={value!r}" for name, value in found.items())
-        raise invalid(op, "the loss", "be built for one process (world_size=1, rank=0)", given)
+# What the ranks of a group tell each other before they exchange anything else; all but the rows must be alike.
+GROUP_FACTS = ("rows", "D", "dtype", "variant", "label_smoothing", "normalize", "reduction", "ids", "weights")
+_IN_WORDS = {
+    "dtype": lambda code: str(FLOATS[int(code)]),
+    "variant": lambda code: ("'softmax'", "'sigmoid'")[int(code)],
+    "label_smoothing": lambda value: f"{value:g}",
+    "normalize": lambda code: str(bool(code)),
+    "reduction": lambda code: ("'mean'", "'sum'")[int(code)],
+    "ids": lambda code: ("none", "some")[int(code)],
+    "weights": lambda code: ("none", "some")[int(code)],
+}
+
+
+def right_on_every_rank(op: str, wrong: list[int]) -> None:
+    if wrong:
+        found = f"an error on group rank {', '.join(map(str, wrong))}"
+        raise invalid(op, "the arguments", "be right on every rank of the group", found, "that rank says which")
+
+
+def alike_on_every_rank(op: str, ranks: list[dict[str, float]]) -> None:
+    for name in GROUP_FACTS[1:]:
+        values = [facts[name] for facts in ranks]
+        if len(set(values)) > 1:
+            words = _IN_WORDS.get(name, lambda value: str(int(value)))
+            found = ", ".join(f"{words(value)} on group rank {rank}" for rank, value in enumerate(values))
+            kind = TypeError if name == "dtype" else ValueError
+            raise invalid(op, name, "be the same on every rank of the group", found, kind=kind)
+
+
+def over_group(op: str, group: Any) -> None:
+    """`group` is a process group that this process belongs to."""
+    if not dist.is_available() or not dist.is_initialized():
+        found = "no process group of this process"
+        raise invalid(op, "torch.distributed", "be initialised for group=", found, "call init_process_group")
+    if group is dist.GroupMember.NON_GROUP_MEMBER or group is None or dist.get_rank(group) < 0:
+        raise invalid(op, "group", "be one that this process belongs to", "a group of other processes",
+                      "call the loss on its members alone")  # fmt: skip
+
+
+def not_over_group(op: str, given: dict[str, bool]) -> None:
+    """What only one process can do."""
+    for words, is_given in given.items():
+        if is_given:
+            raise invalid(op, words, "not be combined with group=", "both", "use one process for it")
+
+
+def loss_group(op: str, world_size: int, rank: int, use_horovod: bool, group: Any) -> Any:
+    """The process group that open_clip's constructor arguments and `group` mean; None for one process."""
+    if use_horovod:
+        raise invalid(op, "use_horovod", "be False", repr(use_horovod), "use torch.distributed: group= or world_size=")
+    if group is None and world_size == 1:
+        if rank != 0:
+            raise invalid(op, "rank", "be 0 where world_size is 1", repr(rank), "pass world_size too, or group=")
+        return None
+    if group is None and dist.is_available() and dist.is_initialized():
+        group = dist.group.WORLD
+    over_group(op, group)
+    found = {"world_size": dist.get_world_size(group), "rank": dist.get_rank(group)}
+    given = {"world_size": world_size, "rank": rank}
+    if (world_size, rank) != (1, 0) and found != given:  # the defaults beside group= say nothing
+        raise invalid(op, "world_size and rank", f"be those of the group, {found}", str(given), "leave them out")
+    return group

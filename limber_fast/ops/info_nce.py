@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from limber_fast import checks, dispatch
-from limber_fast.ops import registration
+from limber_fast.ops import info_nce_group, registration
 from limber_fast.ops.info_nce_op import (
     DSCALE,
     LOSS,
@@ -79,6 +79,7 @@ def info_nce(
     return_stats: bool = False,
     cache_mb: float = 256,
     backend: str = "auto",
+    group: Any = None,
 ) -> Tensor | tuple[Tensor, InfoNceStats]:
     """Contrastive loss of two towers of features, never holding their N x M logits.
 
@@ -114,8 +115,17 @@ def info_nce(
         cache_mb: MiB of tiles that the forward pass may keep for the backward pass (6 N M D flop instead of 8 where
             all fit); 0 turns it off, inf keeps all. Nothing is kept where no tower needs a gradient.
         backend: 'auto', 'cpu', 'cuda', 'triton' or 'eager'; see `limber_fast.use_backend`.
+        group: a torch.distributed process group, such as torch.distributed.group.WORLD: image and text are this rank's
+            rows (any number of them) and the loss is that of the rows of all ranks. See below.
 
-    Returns:
+    Over a group:
+        The loss, and the gradients of logit_scale and logit_bias, are those of one process with all rows, equal on
+        all ranks. The gradients of this rank's towers are group size x those of one process: DDP, which averages over
+        ranks, then gives every parameter the gradient of one process. Every rank must pass the same logit_scale and
+        logit_bias and scale the loss alike; statistics are of this rank's rows. All ranks call the forward pass; the
+        backward pass sends nothing. labels, extra_negatives, symmetric=False and reduction='none' are refused, as are
+        weights in the sigmoid variant. Under torch.compile the graph breaks.
+        Saved for backward: both towers of all ranks too, [2 N, D]; never N x N values, nor gradients of other ranks.
         The loss, fp32 (fp64 for fp64 towers): 0-d, or [N] for reduction='none'. With return_stats, (loss, stats).
         Gradients reach the towers, extra_negatives, logit_scale and logit_bias; a frozen tower costs nothing.
         NaN and Inf propagate as in eager PyTorch. Results do not depend on the number of threads (own kernels).
@@ -131,38 +141,55 @@ def info_nce(
 
     Source: Radford et al., arXiv 2103.00020, figure 3; Zhai et al., arXiv 2303.15343, algorithm 1.
     """
-    checks.choice(_OP, "variant", variant, ("softmax", "sigmoid"))
-    checks.choice(_OP, "reduction", reduction, ("mean", "sum", "none"))
-    checks.choice(_OP, "backend", backend, dispatch.CHOICES)
-    for name, flag in (("normalize", normalize), ("symmetric", symmetric), ("return_stats", return_stats)):
-        checks.flag(_OP, name, flag)
-    checks.label_smoothing(_OP, label_smoothing, variant)
-    checks.not_negative(_OP, "cache_mb", cache_mb)
-    image, text, extra_negatives = _towers(image, text, extra_negatives)
-    n, m = image.shape[0], text.shape[0]
-    symmetric = symmetric and variant == "softmax"
-    logit_scale = _scalar("logit_scale", logit_scale, image)
-    logit_bias = None if logit_bias is None else _scalar("logit_bias", logit_bias, image)
-    labels = _labels(labels, image, m, symmetric)
-    image_ids, text_ids = (None, None) if ids is None else _ids(ids, image, m)
-    if weights is not None:
-        checks.vector(_OP, "weights", weights, n, "N", "image", image)
-        checks.constant_weights(_OP, weights)
-        weights = weights.to(logit_scale.dtype)
+    if group is not None:
+        checks.over_group(_OP, group)
+    try:
+        checks.choice(_OP, "variant", variant, ("softmax", "sigmoid"))
+        checks.choice(_OP, "reduction", reduction, ("mean", "sum", "none"))
+        checks.choice(_OP, "backend", backend, dispatch.CHOICES)
+        for name, flag in (("normalize", normalize), ("symmetric", symmetric), ("return_stats", return_stats)):
+            checks.flag(_OP, name, flag)
+        if group is not None:
+            given = {"labels": labels is not None, "extra_negatives": extra_negatives is not None,
+                     "symmetric=False": not symmetric, "reduction='none'": reduction == "none",
+                     "weights with variant='sigmoid'": weights is not None and variant == "sigmoid"}  # fmt: skip
+            checks.not_over_group(_OP, given)
+        checks.label_smoothing(_OP, label_smoothing, variant)
+        checks.not_negative(_OP, "cache_mb", cache_mb)
+        image, text, extra_negatives = _towers(image, text, extra_negatives)
+        n, m = image.shape[0], text.shape[0]
+        symmetric = symmetric and variant == "softmax"
+        logit_scale = _scalar("logit_scale", logit_scale, image)
+        logit_bias = None if logit_bias is None else _scalar("logit_bias", logit_bias, image)
+        labels = _labels(labels, image, m, symmetric)
+        ids = None if ids is None else _id_pair(ids, image, m)
+        if weights is not None:
+            checks.vector(_OP, "weights", weights, n, "N", "image", image)
+            checks.constant_weights(_OP, weights)
+            weights = weights.to(logit_scale.dtype)
+    except (TypeError, ValueError):
+        if group is not None:
+            info_nce_group.report_failure(group)
+        raise
 
-    cache_bytes = 0
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (image, text, extra_negatives)):
+    differentiated = any(x is not None and x.requires_grad for x in (image, text, extra_negatives))
+    cache_bytes = int(min(cache_mb, 2**40) * 2**20) if torch.is_grad_enabled() and differentiated else 0
+    if group is not None:
+        options = info_nce_group.Options(float(label_smoothing), normalize, variant, reduction, return_stats,
+                                         cache_bytes, dispatch.preferred(backend))  # fmt: skip
+        loss, *state = info_nce_group.info_nce_group(image, text, logit_scale, logit_bias, ids, weights, group, options)
+    else:
         # Every backend fits one value per pair, padded to its tiles, in this; the budget bounds it at any size.
         candidates = m + (0 if extra_negatives is None else extra_negatives.shape[0])
-        cache_bytes = min(int(min(cache_mb, 2**40) * 2**20), (n + 64) * (candidates + 1024) * 4)
-    loss, row, col, row_correct, col_correct, _ = torch.ops.limber_fast.info_nce_fwd.default(
-        image, text, logit_scale, logit_bias, extra_negatives, labels, image_ids, text_ids, weights,
-        float(label_smoothing), normalize, variant, symmetric, reduction, return_stats, cache_bytes,
-        dispatch.preferred(backend),
-    )  # fmt: skip
+        image_ids, text_ids = (None, None) if ids is None else _int32(*ids)
+        loss, *state, _ = torch.ops.limber_fast.info_nce_fwd.default(
+            image, text, logit_scale, logit_bias, extra_negatives, labels, image_ids, text_ids, weights,
+            float(label_smoothing), normalize, variant, symmetric, reduction, return_stats,
+            min(cache_bytes, (n + 64) * (candidates + 1024) * 4), dispatch.preferred(backend),
+        )  # fmt: skip
     if not return_stats:
         return loss
-    return loss, _stats(row, col, row_correct, col_correct, logit_bias, labels, variant == "softmax", symmetric)
+    return loss, _stats(*state, logit_bias, labels, variant == "softmax", symmetric)
 
 
 def _towers(image: Tensor, text: Tensor, extra: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -204,7 +231,7 @@ def _labels(labels: Tensor | None, image: Tensor, m: int, symmetric: bool) -> Te
     return torch.ops.limber_fast.info_nce_labels(labels, m, symmetric)
 
 
-def _ids(ids: Tensor | tuple[Tensor, Tensor], image: Tensor, m: int) -> tuple[Tensor, Tensor]:
+def _id_pair(ids: Tensor | tuple[Tensor, Tensor], image: Tensor, m: int) -> tuple[Tensor, Tensor]:
     n = image.shape[0]
     if isinstance(ids, Tensor):
         checks.shared_ids(_OP, n, m)
@@ -213,9 +240,13 @@ def _ids(ids: Tensor | tuple[Tensor, Tensor], image: Tensor, m: int) -> tuple[Te
     for name, x, length, letter in (("image_ids", ids[0], n, "N"), ("text_ids", ids[1], m, "M")):
         checks.vector(_OP, name, x, length, letter, "image", image)
         checks.integer(_OP, name, x)
-    if ids[0].dtype in _INT32_SAFE and ids[1].dtype in _INT32_SAFE:
-        return tuple(x.to(torch.int32).contiguous() for x in ids)
-    return torch.ops.limber_fast.info_nce_ids(*ids)
+    return tuple(ids)
+
+
+def _int32(image_ids: Tensor, text_ids: Tensor) -> tuple[Tensor, Tensor]:
+    if image_ids.dtype in _INT32_SAFE and text_ids.dtype in _INT32_SAFE:
+        return image_ids.to(torch.int32).contiguous(), text_ids.to(torch.int32).contiguous()
+    return torch.ops.limber_fast.info_nce_ids(image_ids, text_ids)
 
 
 def _stats(

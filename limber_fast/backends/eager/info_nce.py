@@ -144,14 +144,25 @@ def info_nce_fwd(
 
 
 def _softmax_slope(
-    x: Tensor, column: Tensor, masked: Tensor | None, grad: Tensor, fields: Tensor, label_smoothing: float
-) -> Tensor:
-    """d loss / d logits of the rows of x: grad * (p - (1 - eps) [positive] - eps / C [live])."""
-    nll, uniform = fields[2][:, None], fields[5][:, None]
-    p = x.softmax(1).scatter_(1, column[:, None], nll.neg().expm1_())  # p - 1 without the cancellation
+    x: Tensor, positive: tuple[Tensor, Tensor], masked: Tensor | None, grad: Tensor, fields: Tensor,
+    label_smoothing: float, whole: bool,
+) -> Tensor:  # fmt: skip
+    """d loss / d logits of the rows of x: grad * (p - (1 - eps) [positive] - eps / C [live]).
+
+    positive: pairs of row and column of x. whole: x holds all logits of its rows; over a group of processes other ranks
+    hold the rest, their positives too, and p comes from the state (digits are lost there from logits of 1e6 on).
+    """
+    exponent, remainder, nll, _, _, uniform = fields[:, :, None]
+    if whole:
+        p = x.softmax(1)
+    else:  # the log-sum-exp as a float and its rounding error
+        log_sum_exp = (exponent.double() + remainder) * math.log(2)
+        rounded = log_sum_exp.to(x.dtype)
+        p = (x - rounded).sub_((log_sum_exp - rounded).to(x.dtype)).exp_()
+    p[positive] = nll[positive[0], 0].neg().expm1_()  # p - 1 without the cancellation
     if label_smoothing:
         p -= uniform if masked is None else uniform * ~masked
-        p.scatter_add_(1, column[:, None], torch.full_like(nll, label_smoothing))
+        p[positive] += label_smoothing
     return p.mul_(grad[:, None])
 
 
@@ -169,10 +180,13 @@ def _logit_gradient(
         return slope.mul_(row_grad[:, None])
     if masked is not None:
         x.masked_fill_(masked, -math.inf)
-    ds = _softmax_slope(x, column, masked, row_grad, state.row, label_smoothing)
+    row = torch.arange(len(x), device=x.device)
+    ds = _softmax_slope(x, (row, column), masked, row_grad, state.row, label_smoothing, True)
     if col_grad is not None:
         masked = None if masked is None else masked[:, :m].T
-        ds[:, :m] += _softmax_slope(x[:, :m].T, column.argsort(), masked, col_grad, state.col, label_smoothing).T
+        ds[:, :m] += _softmax_slope(
+            x[:, :m].T, (column, row), masked, col_grad, state.col, label_smoothing, len(x) == m
+        ).T
     return ds
 
 
