@@ -12,16 +12,18 @@ _KINDS = {str: "a string", int: "a whole number", list: "a list", dict: "an obje
 
 
 class BrokenIndex(ValueError):
-    """`FILE, line N: what is wrong`."""
+    """`FILE, annotations[7], line N: what is wrong`; the entry's number as published files are one long line."""
 
 
 class Index:
     """One JSON file, read whole; every complaint about it names the line.
 
-    Raises: OSError where the file cannot be read; BrokenIndex where it is no JSON object.
+    Args:
+        kind: `dict`, or `list` for a file that is one list of objects.
+    Raises: OSError where the file cannot be read; BrokenIndex where it is no JSON of that kind.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, kind: type = dict):
         self.path = Path(path)
         try:
             self._text = self.path.read_text(encoding="utf-8-sig")
@@ -31,19 +33,19 @@ class Index:
             raise BrokenIndex(f"{self.path}, line {line}: not UTF-8: {error.reason}") from None
         except json.JSONDecodeError as error:
             raise BrokenIndex(f"{self.path}, line {error.lineno}: not JSON: {error.msg}") from None
-        if not isinstance(self.content, dict):
-            raise BrokenIndex(f"{self.path}, line 1: expected an object; found {_kind(self.content)}")
+        if not isinstance(self.content, kind):
+            raise BrokenIndex(f"{self.path}, line 1: expected {_KINDS[kind]}; found {_kind(self.content)}")
 
-    def entries(self, key: str) -> list[dict]:
-        """The list of objects at `key`."""
-        found = self.field(self.content, key, list)
+    def entries(self, key: str | None = None) -> list[dict]:
+        """The list of objects at `key`, or that the file is."""
+        found = self.content if key is None else self.field(self.content, key, list)
         for row, entry in enumerate(found):
             if not isinstance(entry, dict):
                 raise self.broken(f"expected an object; found {_kind(entry)}", key, row)
         return found
 
     def field(self, entry: dict, name: str, *kinds: type, key: str | None = None, row: int = 0) -> Any:
-        """`entry[name]`, of one of `kinds`; entry is number `row` of the list at `key`, or the file's object."""
+        """`entry[name]`, of one of `kinds`; entry is number `row` of the list at `key`, or of the file."""
         if name not in entry:
             raise self.broken(f"no {name!r}", key, row)
         value = entry[name]
@@ -68,20 +70,24 @@ class Index:
         return folder / path
 
     def broken(self, message: str, key: str | None = None, row: int = 0) -> BrokenIndex:
-        return BrokenIndex(f"{self.path}, line {self._line(key, row)}: {message}")
+        place = f"{key}[{row}], " if key is not None else f"[{row}], " if isinstance(self.content, list) else ""
+        return BrokenIndex(f"{self.path}, {place}line {self._line(key, row)}: {message}")
 
     def _line(self, key: str | None, row: int) -> int:
-        """Line on which entry `row` of the list at `key` starts: read a second time, as parsed JSON has no lines."""
-        position = self._text.index("{") + 1
+        """Line on which entry `row` of the list starts: read a second time, as parsed JSON has no lines."""
+        position = self._text.index("{" if isinstance(self.content, dict) else "[") + 1
         if key is not None:
             while True:
                 name, position = self._next(position)
                 if name == key:
                     break
                 _, position = self._next(position)
-            position = _SPACES.match(self._text, position + 1).end()
-            for _ in range(row):
-                _, position = self._next(position)
+            position += 1
+        elif isinstance(self.content, dict):
+            return self._text.count("\n", 0, position) + 1
+        position = _SPACES.match(self._text, position).end()
+        for _ in range(row):
+            _, position = self._next(position)
         return self._text.count("\n", 0, position) + 1
 
     def _next(self, position: int) -> tuple[Any, int]:

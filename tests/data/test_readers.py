@@ -46,7 +46,7 @@ def test_nocaps(tmp_path):
     found = read_nocaps(written(tmp_path / "nocaps.json", nocaps), tmp_path)
     assert [r.domain for r in found] == ["out-domain", "in-domain"]
     path = written(tmp_path / "captions.json", COCO)
-    with pytest.raises(BrokenIndex, match=f"captions.json, line {line_of(path, '{', 3)}: no 'domain'"):
+    with pytest.raises(BrokenIndex, match=rf"captions.json, images\[0\], line {line_of(path, '{', 3)}: no 'domain'"):
         read_nocaps(path, tmp_path)
 
 
@@ -60,25 +60,35 @@ def change(*path, value):
 
 
 @pytest.mark.parametrize(
-    ("edit", "at", "message"),
+    ("edit", "place", "at", "message"),
     [
-        (change("images", 1, "id", value=9), '"id": 9', "a second image with id 9"),
-        (change("images", 1, "file_name", value="../x.jpg"), '"id": 4', "'../x.jpg' leads out of"),
-        (change("images", 1, "file_name", value="/x.jpg"), '"id": 4', "'/x.jpg' leads out of"),
-        (change("images", 1, "file_name", value=7), '"id": 4', "'file_name' must be a string; found a whole number"),
-        (change("annotations", 2, "image_id", value=5), '"id": 3', "no image has id 5"),
-        (change("annotations", 2, "caption", value=None), '"id": 3', "'caption' must be a string; found null"),
-        (change("annotations", 0, value={"id": 1}), '"id": 1', "no 'image_id'"),
+        (change("images", 1, "id", value=9), "images[1]", '"id": 9', "a second image with id 9"),
+        (change("images", 1, "file_name", value="../x.jpg"), "images[1]", '"id": 4', "'../x.jpg' leads out of"),
+        (change("images", 1, "file_name", value="/x.jpg"), "images[1]", '"id": 4', "'/x.jpg' leads out of"),
+        (
+            change("images", 1, "file_name", value=7),
+            "images[1]",
+            '"id": 4',
+            "'file_name' must be a string; found a whole number",
+        ),
+        (change("annotations", 2, "image_id", value=5), "annotations[2]", '"id": 3', "no image has id 5"),
+        (
+            change("annotations", 2, "caption", value=None),
+            "annotations[2]",
+            '"id": 3',
+            "'caption' must be a string; found null",
+        ),
+        (change("annotations", 0, value={"id": 1}), "annotations[0]", '"id": 1', "no 'image_id'"),
     ],
 )
-def test_a_broken_entry_is_named_with_its_line(tmp_path, edit, at, message):
+def test_a_broken_entry_is_named_with_its_line(tmp_path, edit, place, at, message):
     content = json.loads(json.dumps(COCO))
     edit(content)
     path = written(tmp_path / "captions.json", content)
     line = line_of(path, at, -1) - 1  # the entry starts on the line of its brace
     with pytest.raises(BrokenIndex) as caught:
         read_coco_captions(path, tmp_path)
-    assert str(caught.value).startswith(f"{path}, line {line}: {message}")
+    assert str(caught.value).startswith(f"{path}, {place}, line {line}: {message}")
 
 
 @pytest.mark.parametrize(
@@ -89,8 +99,8 @@ def test_a_broken_entry_is_named_with_its_line(tmp_path, edit, at, message):
         ("", "line 1: not JSON"),
         ('\n{"annotations": []}', "line 2: no 'images'"),
         ('{"images": {}}', "line 1: 'images' must be a list; found an object"),
-        ('{"images": [\n3]}', "line 2: expected an object; found a whole number"),
-        ('{"images": [\n\n{"id": true}]}', "line 3: 'id' must be a whole number or a string; found bool"),
+        ('{"images": [\n3]}', "images[0], line 2: expected an object; found a whole number"),
+        ('{"images": [\n\n{"id": true}]}', "images[0], line 3: 'id' must be a whole number or a string; found bool"),
     ],
 )
 def test_what_is_no_index(tmp_path, text, message):
@@ -107,6 +117,10 @@ def test_files_that_are_missing_or_not_text(tmp_path):
         Index(tmp_path / "binary.json")
     with pytest.raises(FileNotFoundError):
         Index(tmp_path / "none.json")
+    path = tmp_path / "list.json"
+    path.write_text('[{"a": 1},\n\n{"a": "x"}, 5]')
+    with pytest.raises(BrokenIndex, match=r"list\.json, \[2\], line 3: expected an object; found a whole number"):
+        Index(path, list).entries()
     with pytest.raises(NotADirectoryError, match="nowhere: no such folder"):
         read_coco_captions(written(tmp_path / "captions.json", COCO), tmp_path / "nowhere")
 
@@ -140,14 +154,20 @@ def test_vqa(tmp_path):
 def test_vqa_that_does_not_fit_together(tmp_path):
     questions = written(tmp_path / "q.json", VQA)
     first_alone = {"annotations": ANSWERS["annotations"][1:]}
-    with pytest.raises(BrokenIndex, match=r"q\.json, line 9: question 12 has no annotation in .*a\.json"):
+    with pytest.raises(
+        BrokenIndex, match=r"q\.json, questions\[1\], line 9: question 12 has no annotation in .*a\.json"
+    ):
         read_vqa(questions, written(tmp_path / "a.json", first_alone), tmp_path)
     other = json.loads(json.dumps(ANSWERS))
     other["annotations"][0]["image_id"] = 8
-    with pytest.raises(BrokenIndex, match=r"q\.json, line 9: question 12 is about image 7, its annotation about 8"):
+    with pytest.raises(
+        BrokenIndex, match=r"q\.json, questions\[1\], line 9: question 12 is about image 7, its annotation about 8"
+    ):
         read_vqa(questions, written(tmp_path / "a.json", other), tmp_path)
     other["annotations"][1]["answers"][1] = "dog"
-    with pytest.raises(BrokenIndex, match=r"a\.json, line \d+: 'answers' must hold objects with an 'answer'"):
+    with pytest.raises(
+        BrokenIndex, match=r"a\.json, annotations\[1\], line \d+: 'answers' must hold objects with an 'answer'"
+    ):
         read_vqa(questions, written(tmp_path / "a.json", other), tmp_path)
 
 
