@@ -62,7 +62,9 @@ def rotary_angles(op: str, rotary: Any, q: Tensor, batch: Any) -> None:
     same_device(op, "rotary", rotary, "q", q)
 
 
-def paged_sequences(op: str, queries: Sequence[int], lengths: Sequence[int], tables: Sequence[Any], page_size: int) -> None:
+def paged_sequences(
+    op: str, queries: Sequence[int], lengths: Sequence[int], tables: Sequence[Any], page_size: int
+) -> None:
     if not isinstance(page_size, int) or page_size < 1:
         raise invalid(op, "page_size", "be a positive integer", repr(page_size))
     if not len(queries) == len(lengths) == len(tables):
