@@ -75,5 +75,6 @@ PYBIND11_MODULE(LIMBER_MODULE, m) {
   bind_frozen_cross_entropy(m);
   bind_info_nce(m);
   bind_int8_linear(m);
+  bind_prefix_attention(m);
   bind_project_concat(m);
 }

@@ -24,6 +24,7 @@ inline Dtype dtype_from(const std::string& name) {
 void bind_frozen_cross_entropy(py::module_& m);
 void bind_info_nce(py::module_& m);
 void bind_int8_linear(py::module_& m);
+void bind_prefix_attention(py::module_& m);
 void bind_project_concat(py::module_& m);
 
 }  // namespace limber

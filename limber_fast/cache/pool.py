@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from limber_fast import checks
+from limber_fast import checks, native
 from limber_fast.ops.paged_batch import PAGE_SIZE, PagedBatch
 
 _POOL, _SEQUENCE = "PagePool", "Sequence"
@@ -50,6 +50,9 @@ class PagePool:
         checks.cache_budget(_POOL, budget_bytes, self.page_bytes)
         self.page_size = page_size
         self.storage = torch.empty(layers, self.n_pages, heads, 2, page_size, head_dim, dtype=dtype, device=device)
+        if self.storage.device.type == "cpu" and native.available_isas():
+            # Pages lie 4 or 8 KiB a head: on small pages of the system every one is a miss of the TLB.
+            native.cpu().advise_huge_pages(self.storage.data_ptr(), self.storage.nbytes)
         self.lock = threading.RLock()
         self.reclaim: Callable[[int], Any] | None = None  # frees so many pages that nobody uses, if it can
         self._holders = [0] * self.n_pages

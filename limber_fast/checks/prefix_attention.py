@@ -8,7 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from limber_fast.checks.general import dense, floating, has_data, invalid, kind_of, same_device, same_dtype, shape_of
+from limber_fast.checks.general import (
+    dense,
+    floating,
+    has_data,
+    invalid,
+    kind_of,
+    real,
+    same_device,
+    same_dtype,
+    shape_of,
+)
+
+
+def positive(op: str, name: str, value: Any) -> None:
+    real(op, name, value)
+    if not value > 0:
+        raise invalid(op, name, "be positive", repr(value))
 
 
 def paged_batch(op: str, batch: Any, kind: type) -> None:

@@ -70,12 +70,13 @@ def prefix_attention(
         batch: where the sequences' tokens lie: made once per step and used for every layer.
         rotary: [positions, R] fp32 by `rotary_table`: dimensions 0..R-1 of q and k are rotated in interleaved pairs
             (2 i, 2 i + 1), in fp32, and rounded to the dtype of q; None: not rotated.
-        scale: of the logits; None: D^(-1/2).
+        scale: of the logits, above 0; None: D^(-1/2).
         backend: 'auto', 'cpu', 'cuda', 'triton' or 'eager'; see `limber_fast.use_backend`.
 
     Returns:
         [T, H, D] in the dtype of q, contiguous. Softmax in fp32. A sequence's result depends on the other sequences
-        only within the rounding of a merge.
+        only within the rounding of a merge. NaN and Inf reach those tokens that see them, and perhaps earlier ones of
+        the same sequence and head, whose weight of 0 is multiplied with them.
 
     Raises:
         ValueError: a shape or value breaks the contract above; an input that requires grad. TypeError: a dtype or kind
@@ -93,7 +94,7 @@ def prefix_attention(
         checks.rotary_angles(_OP, rotary, q, batch)
     if scale is None:
         scale = q.shape[2] ** -0.5
-    checks.real(_OP, "scale", scale)
+    checks.positive(_OP, "scale", scale)
     return torch.ops.limber_fast.prefix_attention_fwd.default(
         _rows(q), _rows(k), _rows(v), pages, batch.queries, batch.lengths, batch.page_table, batch.order, batch.shared,
         batch.private, batch.positions, rotary, float(scale), dispatch.preferred(backend),

@@ -34,6 +34,7 @@ BAD_VALUES = {
         r"rotary must have a row for position 8; got shape \(8, 64\); the context is longer than the table",
     ),
     "rotary too wide": (dict(rotary=rotary_table(20, 66)), r"rotary must be .* an even R of at most D = 64; got shape"),
+    "scale of 0": (dict(scale=0.0), r"scale must be positive; got 0.0"),
     "unknown backend": (dict(backend="tpu"), r"backend must be one of 'auto', .* got 'tpu'"),
 }
 BAD_KINDS = {

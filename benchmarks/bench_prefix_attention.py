@@ -1,0 +1,161 @@
+"""prefix_attention at GPT-J's width (16 heads of 256 dimensions): decode, alone and over a shared prefix, and prefill.
+
+Eager is what a careful engineer writes: rotary in complex numbers, new keys and values into a contiguous cache
+[B, H, S, D], scaled_dot_product_attention over it. Decode reads memory: calls go round several layers, and no cache
+holds the next one.
+"""
+
+from __future__ import annotations
+
+from itertools import count
+
+import cases
+import pytest
+import torch
+import torch.nn.functional as F
+from comparison import Trial, Workload
+from torch import Tensor
+
+from limber_fast import prefix_attention, rotary_table
+from limber_fast.cache import PagePool
+
+H, D, ROTARY = 16, 256, 64
+COLD_BYTES = 560 << 20
+# Of one rounding of the result and, in bf16, of the weights; eager rounds as often.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+
+
+def _turned(x: Tensor, angles: Tensor) -> Tensor:
+    """x [B, S, H, D] with its first dimensions rotated; angles [S, ROTARY / 2] complex."""
+    pairs = torch.view_as_complex(x[..., :ROTARY].float().unflatten(-1, (-1, 2)))
+    turned = torch.view_as_real(pairs * angles[:, None]).flatten(-2)
+    return torch.cat([turned.to(x.dtype), x[..., ROTARY:]], -1)
+
+
+def prepare(workload: Workload) -> Trial:
+    b, prefix, cached, new = (workload.shape[letter] for letter in ("B", "P", "S", "T"))
+    dtype = getattr(torch, workload.dtype)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, b, new, H, D, generator=generator).to(dtype)
+    length, private = prefix + cached + new, cached + new
+    token_bytes = 2 * H * D * dtype.itemsize
+    ours_bytes, full_bytes = (prefix + b * private) * token_bytes, b * length * token_bytes
+    decode = new == 1
+
+    def layers(bytes_of_one: int) -> int:
+        return max(1, -(-COLD_BYTES // bytes_of_one)) if decode else 1
+
+    table = rotary_table(length, ROTARY)
+    angles = torch.view_as_complex(table.unflatten(1, (-1, 2)))[length - new :]
+    held = torch.randn(2, H, prefix + b * cached, D, generator=generator).to(dtype)  # K after rotary, and V
+    pieces = held.split([prefix, *[cached] * b], 2)
+
+    # Ours: one pool, filled through its own pages.
+    pool = PagePool(layers(ours_bytes), H, D, dtype=dtype,
+                    budget_bytes=layers(ours_bytes) * (prefix + b * (private + 16) + 16) * token_bytes)  # fmt: skip
+
+    def fill(sequence, tokens: int, piece: Tensor) -> None:
+        row = pool.batch([sequence], [tokens]).page_table[0]
+        for j in range(tokens):
+            at = sequence.length - tokens + j
+            pool.storage[:, row[at // 8], :, :, at % 8] = piece[:, :, j].transpose(0, 1)
+
+    trunk = pool.sequence()
+    fill(trunk, prefix, pieces[0])
+    members = [trunk.fork() for _ in range(b)]
+    for member, piece in zip(members, pieces[1:], strict=True):
+        fill(member, cached, piece)
+    batch = pool.batch(members, [new] * b)
+    rows = [x.flatten(0, 1) for x in (q, k, v)]
+
+    # Eager and our own path without sharing: every sequence its own copy.
+    caches = torch.empty(layers(full_bytes), 2, b, H, length, D, dtype=dtype)
+    caches[..., :prefix, :] = pieces[0][:, None]
+    caches[..., prefix : length - new, :] = torch.stack(pieces[1:], 1)
+    mask = None
+    if 1 < new < length:
+        mask = torch.arange(length) <= torch.arange(length - new, length)[:, None]
+
+    turn, eager_turn = count(), count()
+
+    def ours() -> Tensor:
+        layer = pool.layer(next(turn) % len(pool.storage))
+        return prefix_attention(*rows, layer, batch, rotary=table).view(b, new, H, D)
+
+    def eager() -> Tensor:
+        keys, values = caches[next(eager_turn) % len(caches)]
+        keys[:, :, length - new :] = _turned(k, angles).transpose(1, 2)
+        values[:, :, length - new :] = v.transpose(1, 2)
+        out = F.scaled_dot_product_attention(
+            _turned(q, angles).transpose(1, 2), keys, values, attn_mask=mask, is_causal=mask is None and new > 1
+        )
+        return out.transpose(1, 2)
+
+    baselines = {"eager": eager}
+    if prefix and decode:
+        apart = PagePool(layers(full_bytes), H, D, dtype=dtype,
+                         budget_bytes=layers(full_bytes) * b * (length + 8) * token_bytes)  # fmt: skip
+        separate = [apart.sequence() for _ in range(b)]
+        alone = apart.batch(separate, [length] * b)
+        for n in range(b):
+            pages = alone.page_table[n].long()
+            whole = F.pad(caches[0, :, n], (0, 0, 0, -length % 8)).unflatten(2, (-1, 8))  # [2, H, pages, 8, D]
+            apart.storage[:, pages] = whole.permute(2, 1, 0, 3, 4)
+        for sequence in separate:
+            sequence.truncate(length - new)
+        alone = apart.batch(separate, [new] * b)
+        alone_turn = count()
+
+        def unshared() -> Tensor:
+            layer = apart.layer(next(alone_turn) % len(apart.storage))
+            return prefix_attention(*rows, layer, alone, rotary=table).view(b, new, H, D)
+
+        baselines["unshared"] = unshared
+
+    some = sorted({0, new // 2, new - 1})
+    wide_q, wide_k = (_turned(x.double(), angles.to(torch.complex128)) for x in (q, k))
+
+    def errors(out: Tensor) -> dict[str, float]:
+        worst = 0.0
+        for n in sorted({0, b - 1}):
+            past = torch.cat([pieces[0], pieces[1 + n]], 2).double()
+            keys = torch.cat([past[0], wide_k[n].to(dtype).double().transpose(0, 1)], 1)
+            values = torch.cat([past[1], v[n].double().transpose(0, 1)], 1)
+            for t in some:
+                seen = length - new + t + 1
+                logits = torch.einsum("hd,hjd->hj", wide_q[n, t], keys[:, :seen]) / D**0.5
+                true = torch.einsum("hj,hjd->hd", logits.softmax(1), values[:, :seen])
+                worst = max(worst, *cases.errors(out[n, t], true))
+        return {"out": worst}
+
+    visible = b * sum(length - new + t + 1 for t in range(new))
+    return Trial(
+        ours=ours, baselines=baselines, errors=errors, tolerance=TOLERANCE[workload.dtype],
+        baseline_tolerance=2 * TOLERANCE[workload.dtype], flops=4.0 * H * D * visible,
+        bytes=ours_bytes + 4 * b * new * H * D * dtype.itemsize, bound="bytes" if decode else "flops",
+    )  # fmt: skip
+
+
+def workload(group: str, b: int, prefix: int, cached: int, new: int, dtype: str = "bfloat16", *, quick=False, **fields):
+    row = Workload("prefix_attention", group, {"B": b, "P": prefix, "S": cached, "T": new}, dtype,
+                   cost=4.0 * H * D * b * (new + 8) * (prefix + cached + new), prepare=prepare, **fields)  # fmt: skip
+    return pytest.param(row, id=f"{group}-{row.name}", marks=[pytest.mark.quick] if quick else [])
+
+
+WORKLOADS = [
+    *(workload("decode", b, 0, s, 1, quick=b == 8 and s == 512) for b in (1, 8, 32) for s in (16, 128, 512, 2000)
+      if b * s < 20000),
+    *(workload("shared", b, p, s, 1, quick=b == 32 and s == 64) for b, p, s in (
+        (2, 64, 16), (2, 800, 64), (4, 128, 16), (8, 800, 64), (32, 16, 64), (32, 128, 64), (32, 800, 64),
+        (32, 800, 160), (64, 1600, 32))),
+    *(workload("prefill", b, 0, 0, t) for b, t in ((1, 16), (1, 64), (1, 256), (1, 1024), (1, 2040), (8, 160))),
+    *(workload("chunk", b, p, 0, t) for b, p, t in ((1, 624, 161), (8, 624, 161), (1, 1024, 256), (16, 624, 8))),
+    *(workload("fp32", *shape, "float32") for shape in ((8, 0, 512, 1), (32, 800, 64, 1), (1, 0, 0, 512))),
+    *(workload("isa", *shape, isa=isa) for shape in ((32, 800, 64, 1), (1, 0, 0, 512)) for isa in ("avx512", "avx2")),
+    workload("cuda", 32, 800, 64, 1, device="cuda"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_prefix_attention(compare, workload):
+    compare(workload)

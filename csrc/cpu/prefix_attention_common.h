@@ -1,0 +1,103 @@
+// What the two ways of attention share: where tokens lie, new tokens on their way into the pages, sums of parts.
+//
+// A logit is <q, k>; its weight 2^(factor (logit - largest)), factor = scale log2(e). A part of a row's tokens leaves
+// its largest logit, the sum of its weights and the weights times V; parts merge by their maxima. A part without tokens
+// has the maximum -inf.
+#pragma once
+#include <omp.h>
+
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "../params/prefix_attention.h"
+#include "exp2.h"
+#include "tile_gemm.h"
+
+namespace limber {
+
+constexpr int64_t MAX_HEAD_DIM = 256;
+
+// Where the keys and values of a head's tokens lie: a value so many bytes after its key.
+struct Tokens {
+  const PrefixAttentionParams& p;
+  const int32_t* table;
+  int64_t head;
+
+  int64_t value_offset() const { return p.page_size * p.D * size_of(p.dtype); }
+  // Addresses of the keys of tokens begin .. end-1.
+  void gather(int64_t begin, int64_t end, const char** keys) const {
+    const int64_t row = p.D * size_of(p.dtype);
+    for (int64_t t = begin; t < end;) {
+      const int64_t slot = t % p.page_size, run = std::min(p.page_size - slot, end - t);
+      const char* at = (const char*)p.pages + table[t / p.page_size] * p.page_stride * size_of(p.dtype) +
+                       2 * head * value_offset() + slot * row;
+      for (int64_t i = 0; i < run; i++, at += row) *keys++ = at;
+      t += run;
+    }
+  }
+};
+
+inline void prefetch_row(const char* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
+}
+
+// Rows by their addresses, as the packing functions read them.
+struct PointedRows {
+  const char* const* row;
+  int64_t D;
+  Dtype dtype;
+  template <class Op>
+  Dwords<Op> load(int64_t i, int64_t end, int64_t d) const {
+    return i < end ? load_dwords<Op>(dtype, row[i], d, D - d) : Dwords<Op>{};
+  }
+};
+
+// One new token of one head, rotated in fp32 in interleaved pairs on its way.
+inline void rotate(Dtype dtype, const void* from, void* to, int64_t D, const float* angles, int64_t dims) {
+  std::memcpy(to, from, D * size_of(dtype));
+  alignas(64) float x[MAX_HEAD_DIM + simd::W];
+  for (int64_t d = 0; d < dims; d += simd::W) simd::store(x + d, load_as_float(dtype, from, d, D - d));
+  for (int64_t d = 0; d < dims; d += 2) {
+    const float even = x[d], odd = x[d + 1], cos = angles[d], sin = angles[d + 1];
+    x[d] = even * cos - odd * sin, x[d + 1] = odd * cos + even * sin;
+  }
+  for (int64_t d = 0; d < dims; d += simd::W) store_from_float(dtype, to, d, simd::load(x + d), D - d);
+}
+
+// The unnormalised result of a part of a row's tokens.
+struct PartSums {
+  float* base;  // [D] weights times V, then the maximum and the sum
+  int64_t D;
+  static int64_t floats(int64_t D) { return D + simd::W; }
+  float& maximum() const { return base[D]; }
+  float& sum() const { return base[D + 1]; }
+};
+
+// Weights are 2^(factor (logit - base)): the difference first, so that a logit of 1e4 costs no digits. A row that has
+// seen nothing yet has the maximum -inf; its base is finite, so that no weight is NaN.
+inline simd::vec finite_base(simd::vec maximum) { return simd::max(simd::set1(-3e38f), maximum); }
+template <int DEGREE>
+inline simd::vec weight(simd::vec logit, simd::vec base, simd::vec factor) {
+  const simd::vec x = simd::mul(simd::sub(logit, base), factor);
+  return exp2_sum<DEGREE>(simd::max(simd::set1(-150.f), x), simd::zero());  // in this order NaN stays; 2^-150 is 0
+}
+
+// out = sum of parts / sum of their weights.
+inline void merge(Dtype dtype, int64_t D, float factor, const std::vector<PartSums>& parts, void* out) {
+  float maximum = -INFINITY, sum = 0.f;
+  for (const PartSums& part : parts) maximum = std::max(maximum, part.maximum());
+  alignas(64) float total[MAX_HEAD_DIM] = {};
+  for (const PartSums& part : parts) {
+    if (part.maximum() == -INFINITY) continue;  // whatever its sums hold
+    const float share = maximum == part.maximum() ? 1.f : exp2f(factor * (part.maximum() - maximum));
+    sum += share * part.sum();
+    for (int64_t d = 0; d < D; d += simd::W)
+      simd::store(total + d, simd::fma(simd::set1(share), simd::load(part.base + d), simd::load(total + d)));
+  }
+  const simd::vec inverse = simd::set1(1.f / sum);
+  for (int64_t d = 0; d < D; d += simd::W)
+    store_from_float(dtype, out, d, simd::mul(simd::load(total + d), inverse), D - d);
+}
+
+}  // namespace limber

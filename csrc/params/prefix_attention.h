@@ -1,0 +1,34 @@
+// Arguments of paged attention: pointers, sizes, strides in elements. No torch, no ownership.
+//
+// T new tokens of N sequences; sequence n brings rows queries[n] .. queries[n + 1] - 1, its newest tokens. Token j of a
+// sequence lies in place j % page_size of page page_table[n][j / page_size]; a page is [H][2][page_size][D], K then V.
+#pragma once
+#include "dtype.h"
+
+namespace limber {
+
+struct PrefixAttentionParams {
+  const void *q, *k, *v;  // [T, H, D], contiguous but for their row strides
+  int64_t q_stride, k_stride, v_stride;
+  void* pages;
+  int64_t page_stride;
+  int64_t T, N, H, D, page_size;
+  Dtype dtype;  // of q, k, v, pages and out
+
+  const int32_t* queries;     // [N + 1]
+  const int32_t* lengths;     // [N] tokens, the new ones included
+  const int32_t* page_table;  // [N, table_width]
+  int64_t table_width;
+  const int32_t* order;      // [N] the sequences so that members of a shared run are neighbours
+  const int32_t* shared;     // [runs, 4] (first, last, begin, end): order[first:last] share tokens begin .. end-1
+  int64_t runs;              //
+  const int32_t* alone;      // [N] first token that a sequence reads alone
+  const int32_t* positions;  // [T] rotary positions, or null: a token's index
+  const float* rotary;       // [positions, rotary_dims] cos and sin of each pair, or null
+  int64_t rotary_dims;
+  float scale;
+  int threads;
+  void* out;  // [T, H, D]
+};
+
+}  // namespace limber
