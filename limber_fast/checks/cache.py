@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from limber_fast.checks.general import invalid
+from torch import Tensor
+
+from limber_fast.checks.general import invalid, shape_of
 
 
 def cache_budget(op: str, budget_bytes: int, page_bytes: int) -> None:
@@ -31,3 +33,13 @@ def open_sequences(op: str, sequences: Sequence[Any], queries: Sequence[int], po
 def kept_tokens(op: str, length: int, have: int) -> None:
     if not 0 <= length <= have:
         raise invalid(op, "length", f"lie between 0 and the {have} tokens there are", repr(length))
+
+
+def embedding_rows(op: str, part: Tensor) -> None:
+    if part.ndim != 2:
+        raise invalid(op, "a part", "be token ids or embeddings [S, E]", shape_of(part))
+
+
+def known_tokens(op: str, count: int, have: int) -> None:
+    if count > have:
+        raise invalid(op, "tokens", f"be at most the {have} that the sequence holds", str(count), "write them first")
