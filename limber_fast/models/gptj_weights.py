@@ -17,6 +17,7 @@ from limber_fast.ops.int8_weight import BLOCK, Int8Weight, quantize_int8
 OBSOLETE = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias|embed_positions)|transformer\.rotary_emb\..*")
 # bitsandbytes' int8 layers: integers under the weight's name, 127 times the scale of each row under SCB.
 BNB_SCALES, BNB_FORMAT = ".SCB", ".weight_format"
+_ROWS = 1024  # of integers whose sums are taken at a time
 
 
 def sources(config: GPTJConfig) -> dict[str, tuple[str, ...]]:
@@ -146,7 +147,10 @@ def _random_int8(n: int, k: int, std: float, generator: torch.Generator) -> Int8
     weight.packed[-1, :, (n - 1) % BLOCK + 1 :] = 0  # beyond N, and beyond K
     weight.packed[:, k // 4 : k // 4 + 1, :, k % 4 :] = 0
     weight.packed[:, k // 4 + 1 :] = 0
-    q = weight.integers()
-    weight.row_sums, weight.column_sums = (q.sum(axis, dtype=torch.int32) for axis in (1, 0))
+    weight.column_sums.zero_()
+    for at, part in enumerate(weight.integers().split(_ROWS)):  # fp32 holds these sums exactly, and twice as fast
+        q = part.float()
+        weight.row_sums[at * _ROWS : at * _ROWS + len(q)] = q.sum(1)
+        weight.column_sums += q.sum(0).int()
     weight.scales.fill_(std / math.sqrt(127 * 128 / 3))  # uniform integers within -127..127 have that variance
     return weight
