@@ -73,6 +73,11 @@ def one_score_per_row(op: str, name: str, x: np.ndarray) -> None:
         raise invalid(op, name, "be [N]", f"shape {x.shape}")
 
 
+def scores_in_columns(op: str, name: str, x: np.ndarray) -> None:
+    if x.ndim != 2:
+        raise invalid(op, name, "be [N, C]", f"shape {x.shape}")
+
+
 def open_share(op: str, name: str, x: Any) -> None:
     real(op, name, x)
     if not 0 < x < 1:

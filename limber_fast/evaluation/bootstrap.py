@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,44 +20,55 @@ class Interval(NamedTuple):
     high: float
 
 
-def bootstrap_interval(
-    scores: Sequence[float] | np.ndarray,
+def bootstrap_interval(scores: Sequence[float] | np.ndarray, **options: Any) -> Interval:
+    """Mean of `scores` [N] and its interval: `bootstrap_intervals` of one column."""
+    scores = np.asarray(scores, np.float64)
+    checks.one_score_per_row("bootstrap_interval", "scores", scores)
+    return bootstrap_intervals(scores[:, None], **options)[0]
+
+
+def bootstrap_intervals(
+    scores: np.ndarray,
     *,
     images: Sequence[Hashable] | None = None,
     confidence: float = 0.95,
     resamples: int = 10_000,
     seed: int = 0,
-) -> Interval:
-    """Mean of `scores` and its percentile interval over resampled images.
+) -> list[Interval]:
+    """Mean of each column of `scores` and its percentile interval, all over the same resampled images.
 
-    The difference of two models is an interval of its own: pass the differences of their scores, image by image.
+    The difference of two models is a column of its own: the differences of their scores, row by row.
 
     Args:
-        scores: [N], finite.
-        images: [N], what each score is of, where one image has several: as its questions are not independent, all
-            scores of an image are drawn together. None: every score is of an image of its own.
+        scores: [N, C], finite.
+        images: [N], what each row is of, where an image has several: as its questions are not independent, all
+            rows of an image are drawn together. None: every row is of an image of its own.
         confidence: the share of resampled means inside.
-    Returns: the mean and its bounds; all three are the same for one image.
-    Raises: ValueError for scores that are not finite or not one per image, or a confidence outside (0, 1).
+    Returns: C means with their bounds; all three are the same for one image.
+    Raises: ValueError for scores that are not finite, images that are not one per row, or a confidence outside (0, 1).
     """
     scores = np.asarray(scores, np.float64)
-    checks.one_score_per_row("bootstrap_interval", "scores", scores)
-    checks.finite_scores("bootstrap_interval", "scores", scores)
-    checks.open_share("bootstrap_interval", "confidence", confidence)
-    checks.size("bootstrap_interval", "resamples", resamples)
+    checks.scores_in_columns("bootstrap_intervals", "scores", scores)
+    checks.finite_scores("bootstrap_intervals", "scores", scores)
+    checks.open_share("bootstrap_intervals", "confidence", confidence)
+    checks.size("bootstrap_intervals", "resamples", resamples)
     sums, counts = scores, np.ones(len(scores))
     if images is not None:
-        checks.as_long("bootstrap_interval", "images", images, "scores", scores)
+        checks.as_long("bootstrap_intervals", "images", images, "scores", scores)
         numbers: dict[Hashable, int] = {}
         owner = [numbers.setdefault(image, len(numbers)) for image in images]
-        sums, counts = np.bincount(owner, scores), np.bincount(owner).astype(np.float64)
+        sums, counts = np.zeros((len(numbers), scores.shape[1])), np.bincount(owner).astype(np.float64)
+        np.add.at(sums, owner, scores)
 
     generator = np.random.default_rng(seed)
     means = []
-    step = max(1, _CHUNK // len(sums))
+    drawable = len(sums)
+    step = max(1, _CHUNK // drawable)
     for start in range(0, resamples, step):
-        drawn = generator.integers(len(sums), size=(min(step, resamples - start), len(sums)))
-        means.append(sums[drawn].sum(1) / counts[drawn].sum(1))
+        rows = min(step, resamples - start)
+        drawn = generator.integers(drawable, size=(rows, drawable)) + drawable * np.arange(rows)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=rows * drawable).reshape(rows, drawable).astype(np.float64)
+        means.append(times @ sums / (times @ counts)[:, None])
     tail = (1 - confidence) / 2
-    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
-    return Interval(float(scores.mean()), float(low), float(high))
+    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail], axis=0)
+    return [Interval(*map(float, bounds)) for bounds in zip(scores.mean(0), low, high, strict=True)]

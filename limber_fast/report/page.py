@@ -28,6 +28,7 @@ img.chart { width: 100%; height: auto; margin: .5rem 0; }
 .card { display: flex; gap: .8rem; border: 1px solid #e0dcd1; border-radius: 6px; padding: .7rem; background: #fff;
         font: 13px/1.35 system-ui, sans-serif; }
 .card img { width: 64px; height: 64px; flex: none; }
+.card img.photo { width: 9rem; height: auto; align-self: start; }
 .card div.names { flex: 1; min-width: 0; }
 .card .truth { font-weight: 700; margin-bottom: .25rem; }
 .guess { display: flex; justify-content: space-between; gap: .5rem; padding: 0 .3rem; margin: 1px 0;
@@ -78,6 +79,13 @@ def card(png: bytes, truth: str, guesses: Sequence[tuple[str, float]]) -> str:
     image = f'<img alt="{escape(truth)}" src="{data_uri(png, "image/png")}">'
     names = f'<div class="truth">{escape(truth)}</div>{"".join(lines)}'
     return f'<div class="card">{image}<div class="names">{names}</div></div>'
+
+
+def photo(image: str | None, title: str, lines: Sequence[tuple[str, object]]) -> str:
+    """A picture (a data: address, None where there is none) beside named lines of text."""
+    shown = "" if image is None else f'<img class="photo" alt="{escape(title)}" src="{image}">'
+    body = "".join(f"<div><b>{escape(name)}</b> {escape(text)}</div>" for name, text in lines)
+    return f'<div class="card">{shown}<div class="names"><div class="truth">{escape(title)}</div>{body}</div></div>'
 
 
 def grid(cards: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from limber_fast.evaluation.bootstrap import bootstrap_interval
+from limber_fast.evaluation.bootstrap import bootstrap_interval, bootstrap_intervals
 
 
 def test_agrees_with_the_central_limit():
@@ -50,8 +50,19 @@ def test_seeded_and_chunked_alike(monkeypatch):
     assert bootstrap_interval(scores, seed=5) == first
 
 
+def test_columns_share_their_draws():
+    scores = np.random.default_rng(4).random((70, 2))
+    columns = np.stack([*scores.T, scores[:, 0] - scores[:, 1]], 1)
+    first, second, difference = bootstrap_intervals(columns, seed=2)
+    for found, column in zip((first, second, difference), columns.T, strict=True):
+        assert found == pytest.approx(bootstrap_interval(column, seed=2), abs=1e-12)
+    assert difference.mean == pytest.approx(first.mean - second.mean)
+
+
 def test_errors():
-    with pytest.raises(ValueError, match=r"bootstrap_interval: scores must be finite; got nan at \[1\], 1 such in all"):
+    with pytest.raises(
+        ValueError, match=r"bootstrap_intervals: scores must be finite; got nan at \[1, 0\], 1 such in all"
+    ):
         bootstrap_interval([0.0, float("nan")])
     with pytest.raises(ValueError, match=r"scores must be \[N\]; got shape \(2, 2\)"):
         bootstrap_interval(np.zeros((2, 2)))
