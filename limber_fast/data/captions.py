@@ -17,13 +17,13 @@ class CaptionedImage:
 
     Attributes:
         image_id: the index's own name of it.
-        image: the file, which nobody has opened yet.
+        image: the file, which nobody has opened yet, or its content where it came in a shard.
         captions: none where the index has none, as a test split.
         domain: NoCaps' domain, else "".
     """
 
     image_id: int | str
-    image: Path
+    image: Path | bytes
     captions: tuple[str, ...]
     domain: str = ""
 

@@ -40,6 +40,11 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
         return Broken(name, named.get(type(error)) or str(error) or type(error).__name__)
 
 
+def open_record(record: Any) -> Image.Image | Broken:
+    """`record.image`, named by its file, or in a shard by `record.image_id`."""
+    return open_image(record.image, str(record.image_id) if isinstance(record.image, bytes) else None)
+
+
 class Skipped:
     """The broken images met so far."""
 
@@ -60,13 +65,13 @@ class Skipped:
     def open(self, records: Iterable[Any]) -> Iterator[tuple[Image.Image, Any]]:
         """Image and record of every record whose `image` can be opened, in their order."""
         for record in records:
-            if isinstance(found := open_image(record.image), Broken):
+            if isinstance(found := open_record(record), Broken):
                 self.images.append(found)
             else:
                 yield found, record
 
     def batches(self, loader: Iterable[PictureBatch]) -> Iterator[PictureBatch]:
-        """The batches of a DataLoader over `Pictures`, without those of which nothing is left."""
+        """The batches of a DataLoader over `Pictures` or `ShardPictures`, without those of which nothing is left."""
         for batch in loader:
             self.images += batch.broken
             if batch.records:
@@ -102,7 +107,7 @@ class Pictures(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, Any] | Broken:
         record = self.records[index]
-        found = open_image(record.image)
+        found = open_record(record)
         return found if isinstance(found, Broken) else (self.transform(found), record)
 
 

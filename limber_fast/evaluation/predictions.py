@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,10 @@ from limber_fast.data.captions import CaptionedImage
 from limber_fast.data.index import BrokenIndex, Index
 from limber_fast.data.questions import Question
 from limber_fast.evaluation.bootstrap import Interval, bootstrap_intervals
-from limber_fast.evaluation.cider import DocumentFrequency, cider_d
+from limber_fast.evaluation.cider import DocumentFrequency, Tokenize, cider_d
 from limber_fast.evaluation.controls import majority_answer, majority_answers, shuffled_images
 from limber_fast.evaluation.exact_match import exact_match
+from limber_fast.evaluation.tokenize import ptb_tokenize
 from limber_fast.evaluation.vqa import truncate_answer, vqa_accuracy
 
 MODEL = "model"
@@ -101,15 +103,16 @@ def score_caption_files(
         predictions: by row the caption by image id; all rows have the ids of `MODEL`.
         clip: from records and their captions to scores by metric.
     """
-    frequency = DocumentFrequency.of([record.captions for record in records])
+    tokenize = cache(ptb_tokenize)  # references are scored against several times
+    frequency = DocumentFrequency.of([record.captions for record in records], tokenize)
     kept = [record for record in records if record.image_id in predictions[MODEL]]
     ids, references = [record.image_id for record in kept], [record.captions for record in kept]
     texts = {row: [captions[name] for name in ids] for row, captions in predictions.items()}
     if len(kept) > 1:
         texts["shuffled"] = [predictions[MODEL][name] for name in shuffled_images(ids, seed)]
-    texts["best reference"] = _best_references(references, frequency)
+    texts["best reference"] = _best_references(references, frequency, tokenize)
     scores = {
-        row: {"CIDEr-D": cider_d(captions, references, document_frequency=frequency)}
+        row: {"CIDEr-D": cider_d(captions, references, document_frequency=frequency, tokenize=tokenize)}
         | {"exact match": exact_match(captions, references)}
         | (clip(kept, captions) if clip else {})
         for row, captions in texts.items()
@@ -120,17 +123,19 @@ def score_caption_files(
     )
     for group in groups.keys() - {ALL}:
         index = groups[group]
-        alone = DocumentFrequency.of([record.captions for record in records if record.domain == group])
+        alone = DocumentFrequency.of([record.captions for record in records if record.domain == group], tokenize)
         for row, captions in texts.items():
             chosen = [captions[i] for i in index], [references[i] for i in index]
-            within[row]["CIDEr-D"][index] = cider_d(*chosen, document_frequency=alone)
+            within[row]["CIDEr-D"][index] = cider_d(*chosen, document_frequency=alone, tokenize=tokenize)
     return Scored(ids, ids, texts, scores, groups, {"CIDEr-D": 100.0}, within)
 
 
-def _best_references(references: Sequence[Sequence[str]], frequency: DocumentFrequency) -> list[str]:
+def _best_references(
+    references: Sequence[Sequence[str]], frequency: DocumentFrequency, tokenize: Tokenize
+) -> list[str]:
     best = []
     for texts in references:
-        scores = cider_d(texts, [texts] * len(texts), document_frequency=frequency)
+        scores = cider_d(texts, [texts] * len(texts), document_frequency=frequency, tokenize=tokenize)
         best.append(texts[int(scores.argmax())])
     return best
 
