@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from limber_fast import checks
+from limber_fast.data.index import Index
 from limber_fast.evaluation.tokenize import ptb_tokenize
+from limber_fast.report.page import write_text
 
 LONGEST = 4
 SIGMA = 6.0
@@ -28,6 +32,24 @@ class DocumentFrequency:
 
     images: int
     counts: dict[Ngram, int]
+
+    def __post_init__(self) -> None:
+        checks.size("DocumentFrequency", "images", self.images)
+
+    def save(self, path: str | Path) -> None:
+        """As JSON, in one rename: counting the references of all of COCO takes longer than scoring a split."""
+        counts = {" ".join(ngram): count for ngram, count in self.counts.items()}
+        write_text(Path(path), json.dumps({"images": self.images, "counts": counts}, ensure_ascii=False))
+
+    @classmethod
+    def load(cls, path: str | Path) -> DocumentFrequency:
+        """What `save` wrote. Raises: BrokenIndex for anything else."""
+        file = Index(path)
+        images, counts = file.field(file.content, "images", int), file.field(file.content, "counts", dict)
+        for ngram, count in counts.items():
+            if type(count) is not int or not 1 <= count <= images:
+                raise file.broken(f"{ngram!r} must occur in 1 to {images} images; found {count!r}")
+        return cls(images, {tuple(ngram.split(" ")): count for ngram, count in counts.items()})
 
     @classmethod
     def of(cls, references: Sequence[Sequence[str]], tokenize: Tokenize = ptb_tokenize) -> DocumentFrequency:

@@ -109,7 +109,7 @@ def write_page(
         page.paragraph(NOTES[args.task] + " Intervals: 95%, resampled images.", "note"),
         *tables,
         page.section("examples", "Random examples", page.grid(cards)),
-        page.section("skipped", "Broken images", page.paragraph(str(skipped))),
+        *([page.section("skipped", "Broken images", page.paragraph(str(skipped)))] if len(skipped) else []),
     )
     page.write_text(path, page.page("limber_fast evaluation", *content))
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from caption_cases import captions
 
+from limber_fast.data.index import BrokenIndex
 from limber_fast.evaluation.cider import DocumentFrequency, cider_d
 
 
@@ -70,6 +71,22 @@ def test_document_frequency_from_elsewhere():
         cider_d(found[part], references[part], document_frequency=frequency), everything[part]
     )
     assert not np.allclose(cider_d(found[part], references[part]), everything[part])
+
+
+def test_document_frequency_in_a_file(tmp_path):
+    found, references = sets(20, seed=5)
+    frequency = DocumentFrequency.of(references)
+    frequency.save(tmp_path / "frequency.json")
+    loaded = DocumentFrequency.load(tmp_path / "frequency.json")
+    assert loaded == frequency
+    np.testing.assert_array_equal(
+        cider_d(found, references, document_frequency=loaded), cider_d(found, references, document_frequency=frequency)
+    )
+    (tmp_path / "frequency.json").write_text('{"images": 2, "counts": {"a cat": 3}}')
+    with pytest.raises(BrokenIndex, match="'a cat' must occur in 1 to 2 images; found 3"):
+        DocumentFrequency.load(tmp_path / "frequency.json")
+    with pytest.raises(ValueError, match="DocumentFrequency: images must be a whole number of at least 1; got 0"):
+        DocumentFrequency(0, {})
 
 
 def test_a_document_is_an_image():

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 from caption_cases import captions
+from hypothesis import given
+from hypothesis import strategies as st
 
 from limber_fast.evaluation.tokenize import PUNCTUATION, ptb_tokenize
 
@@ -38,6 +40,18 @@ RECORDED = {
 @pytest.mark.parametrize("text", RECORDED)
 def test_recorded_tokens(text):
     assert ptb_tokenize(text) == RECORDED[text].split()
+
+
+@given(st.text() | st.text("aA1 .,'-/:;()[]{}<>&@#$%*_\n\u2019", max_size=60))
+def test_any_text_has_tokens_without_spaces(text):
+    tokens = ptb_tokenize(text)
+    assert all(tokens) and " ".join(tokens).split() == tokens
+    assert not PUNCTUATION.intersection(tokens)
+
+
+def test_no_line_makes_a_rule_backtrack_for_ever():
+    for unit in ("a.", "a-", "<a", "a@", "a'", "1,", "_", ".", "(", "a/b/", "http://"):
+        assert "".join(ptb_tokenize(unit * 3000 + " end"))[-3:] == "end"
 
 
 def test_every_caption_is_tokenised_as_by_java(tmp_path):
