@@ -33,9 +33,10 @@ class Int8LinearForward {
   // With this many strips tiles take the block in steps along K that stay in L1: 10.4 instead of 14.3 ms at M = 256,
   // for tiles of A and B that both come from L2 reach 54% of the peak, with B in L1 75%. With fewer it does not pay.
   static constexpr int64_t L1_STEP = 512, FEW_STRIPS = 4;
-  // How far ahead a lone strip of tiles asks for its own block. The next block instead does not stay in L2 where a
-  // block is long: 4.6 instead of 3.3 ms for 16 rows by 4096 x 20480.
-  static constexpr int64_t TILES_AHEAD = 8192;
+  // Of few strips of tiles the first asks for its own block, this far ahead. For the next block, as many strips do, the
+  // few would have to ask faster than memory answers: by 4096 x 20480 4.6 instead of 3.3 ms for 16 rows, 6.6 instead of
+  // 4.8 ms for 64.
+  static constexpr int64_t NEAR = 8192;
 
   const int8_t* weights(int64_t block, int64_t k) const { return p.packed + (block * rows_.padded + k) * BLOCK; }
 
@@ -46,11 +47,12 @@ class Int8LinearForward {
     const bool last = k + count == rows_.padded;
     if (last) epilogue.begin(b, [&](int64_t i, int c) { return weights(b, 0)[i / 4 * BLOCK_GROUP + 4 * c + i % 4]; });
     // Each strip asks for its share of the next block: all of it in the first two takes half of their rate.
-    int64_t shares = rows.strips;
+    const bool near = rows_.tiles && rows.strips < FEW_STRIPS;
+    int64_t shares = near ? 1 : rows.strips;
     if (!rows_.tiles)
       for (shares = 2; 2 * shares <= rows.strips;) shares *= 2;
     sums += whole_ ? 0 : in_group * rows_.most_rows() * BLOCK;
-    const int64_t step = rows_.tiles && rows.strips >= FEW_STRIPS ? std::min(L1_STEP, count) : count;
+    const int64_t step = rows_.tiles && !near ? std::min(L1_STEP, count) : count;
     for (int64_t i = 0; i < count; i += step) {
       const int64_t part = std::min(step, count - i), share = round_up(ceil_div(part * BLOCK, shares), 64);
       const bool done = last && i + part == count;
@@ -61,8 +63,7 @@ class Int8LinearForward {
                                                             : Ahead::none;
         int32_t* to = sums + (whole_ && step == count ? 0 : strip.row * BLOCK);  // one tile in L1 where that is enough
         int8_product(rows_, strip, rows_.panel(rows, strip, k, count) + i * strip.rows, B + i * BLOCK, part, to,
-                     k + i > 0, kind, rows.strips == 1 ? B + i * BLOCK + TILES_AHEAD : next + i * BLOCK + s * share,
-                     share);
+                     k + i > 0, kind, near ? B + i * BLOCK + NEAR : next + i * BLOCK + s * share, share);
         if (done) epilogue.finish(strip, to);
       }
     }
