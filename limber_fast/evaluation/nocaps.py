@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from limber_fast import checks
 from limber_fast.data.captions import DOMAINS
-from limber_fast.evaluation.cider import DocumentFrequency, cider_d
+from limber_fast.evaluation.cider import DocumentFrequency, Tokenize, cider_d
+from limber_fast.evaluation.tokenize import ptb_tokenize
 
 ALL = "all"
 
@@ -30,23 +31,39 @@ def nocaps_cider_d(
     references: Sequence[Sequence[str]],
     domains: Sequence[str],
     *,
-    document_frequency: DocumentFrequency | None = None,
+    document_frequency: Mapping[str, DocumentFrequency] | None = None,
+    tokenize: Tokenize = ptb_tokenize,
 ) -> dict[str, np.ndarray]:
     """CIDEr-D of every image, each domain scored as a set of its own, and all images together.
 
-    An image scores differently in its domain than among all, as rare and frequent words differ between them; with
-    `document_frequency` the words weigh the same everywhere.
+    So are published figures: an image scores differently in its domain than among all, as words that are rare in one
+    are not in the other.
 
+    Args:
+        document_frequency: by domain, and for "all", of a larger set of references; by default of `references`.
     Returns: "in-domain", "near-domain", "out-domain", those that occur, and "all": [images of the domain] fp64.
     """
     checks.texts("nocaps_cider_d", "captions", captions)
     checks.text_sets("nocaps_cider_d", "references", references, "captions", captions)
-    rows = _rows("nocaps_cider_d", domains, captions)
+    frequency = document_frequency or domain_frequencies(references, domains, tokenize)
     return {
         domain: cider_d(
-            [captions[row] for row in index], [references[row] for row in index], document_frequency=document_frequency
+            [captions[row] for row in index],
+            [references[row] for row in index],
+            document_frequency=frequency[domain],
+            tokenize=tokenize,
         )
-        for domain, index in rows.items()
+        for domain, index in _rows("nocaps_cider_d", domains, captions).items()
+    }
+
+
+def domain_frequencies(
+    references: Sequence[Sequence[str]], domains: Sequence[str], tokenize: Tokenize = ptb_tokenize
+) -> dict[str, DocumentFrequency]:
+    """Document frequency of each domain that occurs, and of all images."""
+    rows = _rows("domain_frequencies", domains, references)
+    return {
+        domain: DocumentFrequency.of([references[row] for row in index], tokenize) for domain, index in rows.items()
     }
 
 

@@ -16,11 +16,11 @@ from limber_fast.evaluation.bootstrap import Interval, bootstrap_intervals
 from limber_fast.evaluation.cider import DocumentFrequency, Tokenize, cider_d
 from limber_fast.evaluation.controls import majority_answer, majority_answers, shuffled_images
 from limber_fast.evaluation.exact_match import exact_match
+from limber_fast.evaluation.nocaps import ALL, domain_frequencies, nocaps_cider_d
 from limber_fast.evaluation.tokenize import ptb_tokenize
 from limber_fast.evaluation.vqa import truncate_answer, vqa_accuracy
 
 MODEL = "model"
-ALL = "all"
 Scores = dict[str, np.ndarray]
 
 
@@ -104,29 +104,30 @@ def score_caption_files(
         clip: from records and their captions to scores by metric.
     """
     tokenize = cache(ptb_tokenize)  # references are scored against several times
-    frequency = DocumentFrequency.of([record.captions for record in records], tokenize)
+    every = [record.captions for record in records]
     kept = [record for record in records if record.image_id in predictions[MODEL]]
     ids, references = [record.image_id for record in kept], [record.captions for record in kept]
+    domains = [record.domain for record in kept]
+    if all(domains):
+        frequency = domain_frequencies(every, [record.domain for record in records], tokenize)
+    else:
+        frequency = {ALL: DocumentFrequency.of(every, tokenize)}
     texts = {row: [captions[name] for name in ids] for row, captions in predictions.items()}
     if len(kept) > 1:
         texts["shuffled"] = [predictions[MODEL][name] for name in shuffled_images(ids, seed)]
-    texts["best reference"] = _best_references(references, frequency, tokenize)
-    scores = {
-        row: {"CIDEr-D": cider_d(captions, references, document_frequency=frequency, tokenize=tokenize)}
-        | {"exact match": exact_match(captions, references)}
-        | (clip(kept, captions) if clip else {})
-        for row, captions in texts.items()
-    }
-    groups, within = (
-        _groups([record.domain for record in kept]),
-        {row: {"CIDEr-D": np.zeros(len(ids))} for row in texts},
-    )
-    for group in groups.keys() - {ALL}:
-        index = groups[group]
-        alone = DocumentFrequency.of([record.captions for record in records if record.domain == group], tokenize)
-        for row, captions in texts.items():
-            chosen = [captions[i] for i in index], [references[i] for i in index]
-            within[row]["CIDEr-D"][index] = cider_d(*chosen, document_frequency=alone, tokenize=tokenize)
+    texts["best reference"] = _best_references(references, frequency[ALL], tokenize)
+    groups = _groups(domains)
+    scores, within = {}, {}
+    for row, captions in texts.items():
+        if all(domains):
+            cider = nocaps_cider_d(captions, references, domains, document_frequency=frequency, tokenize=tokenize)
+        else:
+            cider = {ALL: cider_d(captions, references, document_frequency=frequency[ALL], tokenize=tokenize)}
+        scores[row] = {"CIDEr-D": cider.pop(ALL), "exact match": exact_match(captions, references)}
+        scores[row] |= clip(kept, captions) if clip else {}
+        within[row] = {"CIDEr-D": np.full(len(kept), np.nan)}
+        for domain, values in cider.items():
+            within[row]["CIDEr-D"][groups[domain]] = values
     return Scored(ids, ids, texts, scores, groups, {"CIDEr-D": 100.0}, within)
 
 

@@ -14,7 +14,7 @@ from limber_fast.evaluation.controls import (
     shuffled_images,
     text_oracle_prompts,
 )
-from limber_fast.evaluation.nocaps import by_domain, nocaps_cider_d
+from limber_fast.evaluation.nocaps import by_domain, domain_frequencies, nocaps_cider_d
 
 
 def test_majority():
@@ -74,6 +74,10 @@ def test_nocaps_scores_each_domain_as_a_set():
     assert [len(part) for part in scores.values()] == [10, 20, 10, 40]
     np.testing.assert_array_equal(scores["all"], cider_d(found, references))
     np.testing.assert_array_equal(scores["near-domain"], cider_d(found[1::2], references[1::2]))
-    shared = nocaps_cider_d(found, references, domains, document_frequency=DocumentFrequency.of(references))
+    frequencies = domain_frequencies(references, domains)
+    assert list(frequencies) == list(scores) and frequencies["all"] == DocumentFrequency.of(references)
+    part = nocaps_cider_d(found[:8], references[:8], domains[:8], document_frequency=frequencies)
+    np.testing.assert_array_equal(part["near-domain"], scores["near-domain"][:4])
+    shared = nocaps_cider_d(found, references, domains, document_frequency=dict.fromkeys(scores, frequencies["all"]))
     np.testing.assert_array_equal(shared["near-domain"], scores["all"][1::2])
     assert not np.allclose(scores["near-domain"], shared["near-domain"])
