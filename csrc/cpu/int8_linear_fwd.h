@@ -32,10 +32,11 @@ class Int8LinearForward {
  private:
   // With this many strips tiles take the block in steps along K that stay in L1: 10.4 instead of 14.3 ms at M = 256,
   // for tiles of A and B that both come from L2 reach 54% of the peak, with B in L1 75%. With fewer it does not pay.
-  // What bounds it is a core's line fill buffers: loads from L2 share them with the weight on its way from memory, and
-  // 28672 x 4096 by 256 rows of 8 bits takes 11.5 ms, or 8.6 with all of the weight in L2, where products alone would
-  // take 4.3. Lost: 48 x 32 sums over the whole K (66% of the peak alone, but 12.2 ms), 16 x 64 sums (12.8 to 14),
-  // asking for the next sums beforehand (12), for every other line (13.5), and A in L1 while B passes (45% alone).
+  // 28672 x 4096 by 256 rows of 8 bits takes 12.5 ms, 10.0 with all of the weight in L2, 9.1 without the epilogue too;
+  // products alone would take 4.3. Loads from L2, of A and of sums, and the weight's lines from memory hardly overlap,
+  // as if for want of line fill buffers. Lost, against 11.5 ms in other runs: 48 x 32 sums over the whole K (66% of the
+  // peak alone, but 12.2 ms), 16 x 64 sums (12.8 to 14), asking for the next sums beforehand (12), for every other line
+  // of the weight (13.5), and A in L1 while B passes (45% of the peak alone).
   static constexpr int64_t L1_STEP = 512, FEW_STRIPS = 4;
   // Of few strips of tiles the first asks for its own block, this far ahead. For the next block, as many strips do, the
   // few would have to ask faster than memory answers: by 4096 x 20480 4.6 instead of 3.3 ms for 16 rows, 6.6 instead of
