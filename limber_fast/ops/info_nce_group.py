@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
 from limber_fast import checks
@@ -170,7 +171,7 @@ def _slab_ids(all_ids: Tensor | None, side: int, own: slice) -> tuple[Tensor | N
     return (None, None) if all_ids is None else (all_ids[side, own].contiguous(), all_ids[1 - side].contiguous())
 
 
-@torch.compiler.disable
+@_disable_dynamo  # as torch.compiler.disable, which would import the compiler with this module
 def info_nce_group(
     image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor | None, ids: tuple[Tensor, Tensor] | None,
     weights: Tensor | None, group: Any, options: Options,

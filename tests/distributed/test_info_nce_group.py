@@ -330,3 +330,17 @@ def test_a_rank_keeps_two_gathered_towers_and_a_few_numbers_a_row(ranks):
     towers_and_gathered = 4 * (2 * n * d + 2 * size * n * d)
     for found in ranks.run(size, saved_bytes, n, d):
         assert found <= towers_and_gathered + 4 * 30 * size * n
+
+
+def compiled(rank, size):
+    loss, inputs = limber_fast.ClipLoss(group=dist.group.WORLD), leaves(*cases.towers("unit", 9, 9, 8, torch.float32))
+
+    def function(image, text, scale):
+        return loss(2 * image, 2 * text, scale.sqrt())
+
+    return [torch.autograd.grad(f(*inputs), inputs) for f in (function, torch.compile(function, backend="eager"))]
+
+
+def test_torch_compile_breaks_the_graph_and_goes_on(ranks):
+    for plain, through_compile in ranks.run(2, compiled):
+        assert all(torch.equal(a, b) for a, b in zip(plain, through_compile, strict=True))
