@@ -1,4 +1,6 @@
-"""Command line: `limber-fast demo | env | bench | evaluate`. Parsing imports nothing heavy, each command its own needs.
+"""Command line: `limber-fast demo | train-limber | env | bench | evaluate`.
+
+Parsing imports nothing heavy; each command imports its own needs.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 Ctrl-C.
 """
@@ -119,9 +121,14 @@ def build_parser() -> argparse.ArgumentParser:
         task.add_argument("--examples", type=int, default=24, help="random images on the page (default: %(default)s)")
         task.add_argument("--seed", type=int, default=0, help="of examples and intervals (default: %(default)s)")
 
-    for command in (demo, bench):
+    limber = commands.add_parser("train-limber", help="train LiMBeR's linear map between an encoder and an int8 GPT-J")
+    limber.add_argument("--resume", action="store_true", help="continue from the checkpoint in the output folder")
+    limber.add_argument("--dry-run", action="store_true", help="print shapes, memory and an estimate of time")
+    _limber_flags(limber)
+
+    for command in (demo, bench, limber):
         command.add_argument("--threads", type=_positive(int), help="CPU threads (default: torch's choice)")
-    for command, run in ((demo, _demo), (env, _env), (bench, _bench), (evaluate, _evaluate)):
+    for command, run in ((demo, _demo), (limber, _train_limber), (env, _env), (bench, _bench), (evaluate, _evaluate)):
         command.set_defaults(run=run)
         # Accepted after the command too; without a default of its own, which would undo the flag before it.
         command.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS, help="the same")
@@ -132,6 +139,28 @@ def _demo(args: argparse.Namespace, console: Console) -> int | None:
     from limber_fast import demo
 
     return demo.main(args, console)
+
+
+def _limber_flags(parser: argparse.ArgumentParser) -> None:
+    from limber_fast.training.limber_config import LimberTrainConfig, add_flags
+
+    add_flags(parser, LimberTrainConfig)
+
+
+def _train_limber(args: argparse.Namespace, console: Console) -> int | None:
+    import torch
+
+    from limber_fast import train_limber
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        return train_limber.main(args, console)
+    except (ValueError, TypeError, ImportError) as error:
+        if isinstance(error, ModuleNotFoundError):
+            raise
+        console.error(str(error))
+        return FAILED
 
 
 def _env(args: argparse.Namespace, console: Console) -> int | None:

@@ -5,29 +5,42 @@ from __future__ import annotations
 import os
 import pickle
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-FORMAT = "limber_fast.small_clip/3"
-_KEYS = {
-    "format", "train_config", "model_config", "words", "model", "average", "optimizers", "step", "seconds", "locked",
-    "images", "image_seconds", "history",
-}  # fmt: skip
+
+@dataclass(frozen=True)
+class Layout:
+    """A kind of checkpoint: its name and version, and exactly the keys that it holds."""
+
+    format: str
+    keys: frozenset[str]
+
+
+SMALL_CLIP = Layout(
+    "limber_fast.small_clip/3",
+    frozenset({"train_config", "model_config", "words", "model", "average", "optimizers", "step", "seconds", "locked",
+               "images", "image_seconds", "history"}),
+)  # fmt: skip
+LIMBER = Layout(
+    "limber_fast.limber_training/1", frozenset({"config", "parameters", "optimizer", "step", "seconds", "history"})
+)
 
 
 class CheckpointError(ValueError):
     """The file is not a checkpoint of this format; the message says what was found."""
 
 
-def save_checkpoint(path: Path, state: dict) -> None:
+def save_checkpoint(path: Path, state: dict, layout: Layout = SMALL_CLIP) -> None:
     """Write `state` under a temporary name, flush it to disk, then rename: a crash leaves the old file or the new one.
 
     Raises: ValueError for a state whose keys are not the format's.
     """
-    state = {"format": FORMAT, **state}
-    if set(state) != _KEYS:
-        raise ValueError(f"save_checkpoint: keys differ from the format's: {sorted(set(state) ^ _KEYS)}")
+    if set(state) != layout.keys:
+        raise ValueError(f"save_checkpoint: keys differ from the format's: {sorted(set(state) ^ layout.keys)}")
+    state = {"format": layout.format, **state}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -39,7 +52,7 @@ def save_checkpoint(path: Path, state: dict) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load_checkpoint(path: Path) -> dict:
+def load_checkpoint(path: Path, layout: Layout = SMALL_CLIP) -> dict:
     """Read a checkpoint with `weights_only=True`: tensors, numbers and strings, never code.
 
     Raises: CheckpointError for a truncated or foreign file; FileNotFoundError where there is none.
@@ -49,8 +62,8 @@ def load_checkpoint(path: Path) -> dict:
     except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
     found = state.get("format") if isinstance(state, dict) else type(state).__name__
-    if found != FORMAT:
-        raise CheckpointError(f"{path}: expected format {FORMAT!r}; found {found!r}")
-    if missing := _KEYS - set(state):
+    if found != layout.format:
+        raise CheckpointError(f"{path}: expected format {layout.format!r}; found {found!r}")
+    if missing := layout.keys - set(state):
         raise CheckpointError(f"{path}: the checkpoint lacks {', '.join(sorted(missing))}")
     return state

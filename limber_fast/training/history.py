@@ -7,14 +7,17 @@ import os
 from collections import defaultdict
 from pathlib import Path
 
+LIMBER_COLUMNS = ("step", "seconds", "loss", "grad_norm", "learning_rate")
 COLUMNS = ("step", "seconds", "loss", "image_text_loss", "image_image_loss", "scale", "accuracy", "learning_rate")
 
 
 class History:
     """Collects one dict per step and closes a row of means every `interval` of the budget."""
 
-    def __init__(self, rows: list[dict[str, float]] | None = None, interval: float = 0.01):
-        self.rows = list(rows or [])
+    def __init__(
+        self, rows: list[dict[str, float]] | None = None, interval: float = 0.01, columns: tuple[str, ...] = COLUMNS
+    ):
+        self.rows, self.columns = list(rows or []), columns
         self.interval = interval
         self._sums: dict[str, float] = defaultdict(float)
         self._count = 0
@@ -43,7 +46,7 @@ class History:
         """Replace `path` in one rename."""
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         with open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in self.rows)
         os.replace(temporary, path)

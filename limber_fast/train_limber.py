@@ -1,0 +1,161 @@
+"""`limber-fast train-limber`: a frozen encoder, a frozen int8 GPT-J, and the linear map between them, trained."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from limber_fast import GPTJ, Limber
+from limber_fast.console import Console
+from limber_fast.data.captions import read_coco_captions, read_limber_folder
+from limber_fast.models.encoders import encoder as make_encoder
+from limber_fast.optional import needed
+from limber_fast.training.checkpoint import LIMBER, CheckpointError, load_checkpoint
+from limber_fast.training.interrupt import EXIT_CODE
+from limber_fast.training.limber import LimberTrainer
+from limber_fast.training.limber_config import LimberTrainConfig, from_flags
+from limber_fast.training.limber_data import EmojiPairs, Features, FilePairs, Pairs, cached_features
+
+FAILED = 1
+
+
+def main(args: argparse.Namespace, console: Console) -> int:
+    """Run the command; args: a flag for each field of LimberTrainConfig, --config, --resume, --dry-run."""
+    config = from_flags(LimberTrainConfig, args)
+    folder = Path(config.output)
+    with processes() as (rank, world):
+        if rank:
+            console.quiet = True
+        limber, pairs = build(config), pairs_of(config)
+        shape = tuple(limber.projection.weight.shape)
+        console.print(f"{limber.encoder.extra_repr()}, map {shape}, {len(pairs)} pictures")
+        if args.dry_run:
+            return dry_run(limber, pairs, config, world, console)
+        folder.mkdir(parents=True, exist_ok=True)
+        features = _features(limber, pairs, config, folder, rank, console)
+        trainer = LimberTrainer(limber, pairs, config, features)
+        checkpoint = folder / "checkpoint.pt"
+        if args.resume and checkpoint.exists():
+            try:
+                trainer.restore(load_checkpoint(checkpoint, LIMBER))
+            except CheckpointError as error:
+                console.error(f"{error}; run without --resume to start anew")
+                return FAILED
+            console.print(f"resumed at step {trainer.step}")
+        log = _tensorboard(folder) if config.tensorboard and not rank else None
+        with console.progress("training", config.steps) as update:
+
+            def watch(step: int, values: dict[str, float]) -> None:
+                update(step, **{name: values[name] for name in ("loss", "learning_rate")})
+                if log is not None:
+                    for name, value in values.items():
+                        log.add_scalar(name, value, step)
+
+            done = trainer.run(folder, watch)
+        if trainer.skipped and not rank:
+            console.print(f"{len(trainer.skipped)} pictures could not be read, the first: {trainer.skipped[0]}")
+        if not done:
+            console.print(f"stopped at step {trainer.step}; {checkpoint} is whole: go on with --resume")
+            return EXIT_CODE
+        if not rank:
+            limber.save_pretrained(folder / "map")
+            console.print(f"{folder / 'map'}")
+    return 0
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[tuple[int, int]]:
+    """(rank, world): torchrun's processes, by nccl where there are GPUs and gloo elsewhere; (0, 1) without."""
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        yield (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        return
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield dist.get_rank(), dist.get_world_size()
+    finally:
+        dist.destroy_process_group()
+
+
+def build(config: LimberTrainConfig) -> Limber:
+    """Encoder, language model, tokenizer, and a map whose first weights come from the seed."""
+    transformers = needed("transformers", "train-limber")
+    language_model = GPTJ.from_pretrained(config.language_model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(config.tokenizer or config.language_model)
+    weights = {"": True, "random": None}.get(config.encoder_weights, config.encoder_weights)
+    encoder = make_encoder(config.encoder, weights=weights, seed=config.seed)
+    torch.manual_seed(config.seed)
+    return Limber(encoder, language_model, tokenizer, dropout=config.dropout, layer_norm=config.layer_norm)
+
+
+def pairs_of(config: LimberTrainConfig) -> Pairs:
+    if config.data == "emoji":
+        return EmojiPairs()
+    if config.data.endswith(".json"):
+        return FilePairs(read_coco_captions(config.data, config.images))
+    return FilePairs(list(read_limber_folder(config.data)))
+
+
+def _features(
+    limber: Limber, pairs: Pairs, config: LimberTrainConfig, folder: Path, rank: int, console: Console
+) -> Features | None:
+    """The cache, made by the first process while the others wait."""
+    if config.tuned or not config.cache_features:
+        return None
+    facts = [config.encoder, config.encoder_weights, config.seed, config.data, len(pairs)]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    if rank:
+        dist.barrier()
+        return cached_features(limber, pairs, folder, key)
+    with console.progress("encoding", len(pairs)) as update:
+        features = cached_features(limber, pairs, folder, key, lambda done, of: update(done))
+    if dist.is_initialized():
+        dist.barrier()
+    if features.skipped:
+        (folder / "skipped.txt").write_text("\n".join(features.skipped) + "\n", encoding="utf-8")
+        console.print(f"{len(features.skipped)} pictures could not be read: {folder / 'skipped.txt'}")
+    return features
+
+
+def dry_run(limber: Limber, pairs: Pairs, config: LimberTrainConfig, world: int, console: Console) -> int:
+    """Shapes, memory, and a time estimate from one micro-batch; nothing is written."""
+    encoder, gptj = limber.encoder, limber.language_model
+    trainer = LimberTrainer(limber, pairs, config)
+    limber.train()
+    trainer.micro_loss(range(1))  # the first call pays for what later ones reuse
+    started = time.perf_counter()
+    loss = trainer.micro_loss(range(config.micro_batch))
+    if loss is not None:
+        loss.backward()
+    seconds = time.perf_counter() - started
+    share = -(-config.batch_size // world)
+    micros = -(-share // config.micro_batch)
+    trained = sum(p.numel() for p in trainer.parameters)
+    frozen = sum(x.numel() * x.element_size() for x in gptj.buffers())
+    cache = 2 * len(pairs) * encoder.tokens * encoder.width
+    rows = [
+        ("soft prompts of a picture", f"{encoder.tokens} x {encoder.width} -> {encoder.tokens} x {gptj.config.n_embd}"),
+        ("trained", f"{trained / 1e6:.2f} M parameters, {16 * trained / 2**20:.1f} MiB with gradients and optimizer"),
+        ("language model", f"{frozen / 2**20:.0f} MiB"),
+        ("features on disk", f"{cache / 2**20:.0f} MiB" if config.cache_features and not config.tuned else "not kept"),
+        ("batch", f"{config.batch_size} = {world} x {micros} x {config.micro_batch} pictures"),
+        ("a step", f"{micros * seconds:.1f} s, with the encoder's time"),
+        (f"{config.steps} steps", f"{config.steps * micros * seconds / 3600:.1f} h"),
+    ]
+    console.table("Dry run", ("", ""), rows)
+    return 0
+
+
+def _tensorboard(folder: Path):
+    needed("tensorboard", "--tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder / "tensorboard"))

@@ -1,0 +1,173 @@
+"""Training LiMBeR's linear map: AdamW steps over micro-batches, on one process or many, resumable at any step."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from limber_fast.models.limber import Limber
+from limber_fast.training.checkpoint import LIMBER, save_checkpoint
+from limber_fast.training.history import LIMBER_COLUMNS, History
+from limber_fast.training.interrupt import InterruptGuard
+from limber_fast.training.limber_config import LimberTrainConfig
+from limber_fast.training.limber_data import Features, Pairs, read_image
+
+Watch = Callable[[int, dict[str, float]], None]
+
+
+def linear_decay(step: int, warmup: int, steps: int) -> float:
+    """Learning-rate factor of a step: rises linearly over `warmup` steps, falls linearly to 0 at `steps`."""
+    return min((step + 1) / max(warmup, 1), (steps - step) / (steps - warmup), 1.0)
+
+
+class LimberTrainer:
+    """Trains a Limber's projection (with its LayerNorm, and a tuned encoder) on pairs of pictures and captions.
+
+    What a step does is a function of its number: pictures, captions and dropout come from (seed, position), whichever
+    process computes them, so a run that was stopped goes on bit for bit. Every process takes its share of a batch, and
+    gradients are averaged over processes (gloo or nccl, as `torch.distributed` was set up).
+
+    Args:
+        features: of a frozen encoder, where they were cached; else the encoder runs in every step.
+    """
+
+    def __init__(self, limber: Limber, pairs: Pairs, config: LimberTrainConfig, features: Features | None = None):
+        self.limber, self.pairs, self.config, self.features = limber, pairs, config, features
+        self.rows: Sequence[int] = range(len(pairs)) if features is None else features.rows
+        self.step, self.seconds, self.history = 0, 0.0, History(columns=LIMBER_COLUMNS)
+        self.skipped: list[str] = []
+        if limber.encoder is not None:
+            limber.encoder.requires_grad_(config.tuned)
+        groups = [{"params": self.trained_of(limber), "lr": config.learning_rate}]
+        if config.tuned:
+            groups.append({"params": list(limber.encoder.parameters()), "lr": config.encoder_learning_rate})
+        self.parameters = [p for group in groups for p in group["params"]]
+        betas = (config.beta1, config.beta2)
+        self.optimizer = torch.optim.AdamW(groups, config.learning_rate, betas, weight_decay=config.weight_decay)
+        self._rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    @staticmethod
+    def trained_of(limber: Limber) -> list[nn.Parameter]:
+        parts = [limber.projection, *([] if limber.layer_norm is None else [limber.layer_norm])]
+        return [p for part in parts for p in part.parameters()]
+
+    def positions(self, step: int) -> range:
+        """What this process takes of a step: places in the endless sequence of shuffled epochs."""
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        size = self.config.batch_size
+        return range(step * size + rank, (step + 1) * size, world)
+
+    def draw(self, position: int) -> tuple[int, str]:
+        """(index into `rows`, caption) at a place of the sequence."""
+        epoch, place = divmod(position, len(self.rows))
+        if self._order[0] != epoch:
+            order = list(range(len(self.rows)))
+            random.Random(f"{self.config.seed} epoch {epoch}").shuffle(order)
+            self._order = (epoch, order)
+        index = self._order[1][place]
+        captions = self.pairs.captions(self.rows[index])
+        return index, random.Random(f"{self.config.seed} caption {position}").choice(captions)
+
+    def micro_loss(self, positions: Sequence[int]) -> Tensor | None:
+        """Mean cross entropy of a micro-batch; None where no picture of it could be read."""
+        drawn = [self.draw(position) for position in positions]
+        if self.features is not None:
+            images, captions = self.features.values[[index for index, _ in drawn]], [text for _, text in drawn]
+        else:
+            read = [(read_image(self.pairs, self.rows[i], self.skipped), text) for i, text in drawn]
+            images, captions = ([pair[at] for pair in read if pair[0] is not None] for at in (0, 1))
+            if not images:
+                return None
+        seed = random.Random(f"{self.config.seed} dropout {positions[0]}").getrandbits(62)
+        return self.limber(images, captions, seed=seed)
+
+    def train_step(self) -> dict[str, float]:
+        """Gradients of a batch, averaged over its pictures' micro-batches and over processes, and one AdamW step."""
+        config, positions = self.config, self.positions(self.step)
+        total, tokens = 0.0, 0
+        self.optimizer.zero_grad()
+        for start in range(0, len(positions), config.micro_batch):
+            micro = positions[start : start + config.micro_batch]
+            loss = self.micro_loss(micro)
+            if loss is not None:
+                share = len(micro) / len(positions)
+                (loss * share).backward()
+                total, tokens = total + loss.item() * share, tokens + len(micro)
+        total = self._average(total)
+        norm = nn.utils.clip_grad_norm_(self.parameters, config.grad_clip)
+        factor = linear_decay(self.step, config.warmup, config.steps)
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = factor * rate
+        self.optimizer.step()
+        self.step += 1
+        return {"loss": total, "grad_norm": float(norm), "learning_rate": factor * config.learning_rate}
+
+    def _average(self, loss: float) -> float:
+        """The loss over all processes; gradients are averaged in place, in one flat exchange."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return loss
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        flat = torch.cat([x.flatten().float() for x in gradients] + [torch.tensor([loss], device=gradients[0].device)])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for p, average in zip(self.parameters, flat[:-1].split([x.numel() for x in gradients]), strict=True):
+            p.grad = average.view_as(p).to(p.dtype)
+        return float(flat[-1])
+
+    def run(self, folder: Path, watch: Watch = lambda step, values: None) -> bool:
+        """Train to the last step or to Ctrl-C; `checkpoint.pt` and `train.csv` in `folder` are then up to date.
+
+        Returns: True at the last step, False when interrupted.
+        """
+        self.limber.train()
+        with InterruptGuard() as guard:
+            while self.step < self.config.steps and not guard.requested:
+                started = time.perf_counter()
+                values = self.train_step()
+                self.seconds += time.perf_counter() - started
+                self.history.add(self.step, self.seconds, self.step / self.config.steps, values)
+                watch(self.step, self.history.smooth)
+                if self.step % self.config.save_every == 0 and self.step < self.config.steps:
+                    self.save(folder)
+            self.history.close(self.step, self.seconds)
+            self.save(folder)
+        self.limber.eval()
+        return self.step >= self.config.steps
+
+    def save(self, folder: Path) -> None:
+        """checkpoint.pt and train.csv, by the first process alone."""
+        if dist.is_initialized() and dist.get_rank():
+            return
+        state = {
+            "config": self.config.to_dict(),
+            "parameters": [p.detach().cpu() for p in self.parameters],
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "history": self.history.rows,
+        }
+        save_checkpoint(folder / "checkpoint.pt", state, LIMBER)
+        self.history.write_csv(folder / "train.csv")
+
+    def restore(self, state: dict) -> None:
+        """Go on from a checkpoint.
+
+        Raises: ValueError where it was made with other settings than these (but for steps saved, and where to).
+        """
+        ours, theirs = self.config.to_dict(), state["config"]
+        for name in sorted(ours):
+            if name not in ("output", "save_every", "tensorboard") and ours[name] != theirs.get(name):
+                raise ValueError(f"restore: {name} was {theirs.get(name)!r} in the checkpoint; got {ours[name]!r}")
+        with torch.no_grad():
+            for p, saved in zip(self.parameters, state["parameters"], strict=True):
+                p.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.history = History(state["history"], columns=LIMBER_COLUMNS)
