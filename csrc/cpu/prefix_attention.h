@@ -32,6 +32,8 @@ class PrefixAttentionForward {
   }
 
   void run() {
+    // Tasks in runs: a thread that knows what comes next fetches it ahead.
+    const int64_t total = tasks_.size() * p.H, chunk = std::clamp<int64_t>(total / (8 * p.threads), 1, 4);
 #pragma omp parallel num_threads(p.threads)
     {
       [[maybe_unused]] const typename Matrices::Session session;
@@ -42,15 +44,17 @@ class PrefixAttentionForward {
       Vector vector(p);
       std::vector<PartSums> parts;
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < (int64_t)tasks_.size() * p.H; i++) {
-        const Task& task = tasks_[i / p.H];
-        if (task.slot >= 0 && task.count < MATRIX) {
-          by_vector(task, i % p.H, vector);
-          continue;
+      for (int64_t at = 0; at < total; at += chunk)
+        for (int64_t i = at, end = std::min(at + chunk, total); i < end; i++) {
+          const Task& task = tasks_[i / p.H];
+          const Tokens next = tokens(i + 1 < end ? i + 1 : i);
+          if (task.slot >= 0 && task.count < MATRIX) {
+            by_vector(task, i % p.H, vector, i + 1 < end ? &next : nullptr);
+            continue;
+          }
+          if (!matrix) matrix.emplace(p);
+          by_matrix(task, i % p.H, *matrix, i + 1 < end ? &next : nullptr);
         }
-        if (!matrix) matrix.emplace(p);
-        by_matrix(task, i % p.H, *matrix);
-      }
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < p.T * p.H; i++) {
         const auto& slots = rows_[i / p.H].parts;
@@ -129,17 +133,19 @@ class PrefixAttentionForward {
   }
   int64_t dims() const { return p.rotary ? p.rotary_dims : 0; }
 
+  Tokens tokens(const Task& task, int64_t h) const { return {p, task.table, h, task.begin, task.end}; }
+  Tokens tokens(int64_t i) const { return tokens(tasks_[i / p.H], i % p.H); }
   const void* query(int64_t t, int64_t h) const { return rotated_ + (t * p.H + h) * p.D * bytes_; }
   float* sums(int64_t slot, int64_t h) const { return sums_ + (slot * p.H + h) * PartSums::floats(p.D); }
 
-  void by_matrix(const Task& task, int64_t h, Matrix& matrix) {
+  void by_matrix(const Task& task, int64_t h, Matrix& matrix, const Tokens* next) {
     const void* q[Matrix::ROWS];
     float limit[Matrix::ROWS];
     for (int64_t i = 0; i < task.count; i++) {
       const int64_t t = listed_[task.first + i];
       q[i] = query(t, h), limit[i] = (float)rows_[t].limit;
     }
-    matrix.run(q, limit, (int)task.count, Tokens{p, task.table, h}, task.begin, task.end);
+    matrix.run(q, limit, (int)task.count, tokens(task, h), next);
     for (int64_t i = 0; i < task.count; i++) {
       const float* o = matrix.sums((int)i);
       if (task.slot < 0) {
@@ -154,7 +160,7 @@ class PrefixAttentionForward {
       }
     }
   }
-  void by_vector(const Task& task, int64_t h, Vector& vector) {
+  void by_vector(const Task& task, int64_t h, Vector& vector, const Tokens* next) {
     const void* q[MATRIX];
     float limit[MATRIX];
     float* parts[MATRIX];
@@ -162,7 +168,7 @@ class PrefixAttentionForward {
       const int64_t t = listed_[task.first + i];
       q[i] = query(t, h), limit[i] = (float)rows_[t].limit, parts[i] = sums(task.slot + i, h);
     }
-    vector.run(q, limit, (int)task.count, Tokens{p, task.table, h}, task.begin, task.end, parts);
+    vector.run(q, limit, (int)task.count, tokens(task, h), next, parts);
   }
 
   const PrefixAttentionParams& p;

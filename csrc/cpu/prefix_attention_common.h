@@ -22,12 +22,13 @@ constexpr int64_t MAX_HEAD_DIM = 256;
 struct Tokens {
   const PrefixAttentionParams& p;
   const int32_t* table;
-  int64_t head;
+  int64_t head, begin, end;
 
+  int64_t count() const { return end - begin; }
   int64_t value_offset() const { return p.page_size * p.D * size_of(p.dtype); }
-  // Addresses of the keys of tokens begin .. end-1.
-  void gather(int64_t begin, int64_t end, const char** keys) const {
-    const int64_t row = p.D * size_of(p.dtype);
+  // Addresses of the keys, of at most `most` tokens; then the number of them.
+  int64_t gather(const char** keys, int64_t most) const {
+    const int64_t row = p.D * size_of(p.dtype), end = std::min(this->end, begin + most);
     for (int64_t t = begin; t < end;) {
       const int64_t slot = t % p.page_size, run = std::min(p.page_size - slot, end - t);
       const char* at = (const char*)p.pages + table[t / p.page_size] * p.page_stride * size_of(p.dtype) +
@@ -35,6 +36,14 @@ struct Tokens {
       for (int64_t i = 0; i < run; i++, at += row) *keys++ = at;
       t += run;
     }
+    return end - begin;
+  }
+  // All keys, and `ahead` more to be fetched meanwhile: those of what this thread does next.
+  void gather(std::vector<const char*>& keys, int64_t ahead, const Tokens* next) const {
+    keys.resize(count() + ahead);
+    int64_t n = gather(keys.data(), count());
+    if (next) n += next->gather(keys.data() + n, ahead);
+    std::fill(keys.begin() + n, keys.end(), keys[n - 1]);
   }
 };
 

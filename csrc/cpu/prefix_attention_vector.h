@@ -13,14 +13,12 @@ class VectorAttention {
  public:
   explicit VectorAttention(const PrefixAttentionParams& params) : p(params), factor_(p.scale * (float)LOG2E) {}
 
-  // Rows q[0 .. R-1] of a head over tokens begin .. end-1, of which row r sees those below limit[r].
-  void run(const void* const* q, const float* limit, int R, const Tokens& tokens, int64_t begin, int64_t end,
+  // Rows q[0 .. R-1] of a head over tokens, of which row r sees those below limit[r].
+  void run(const void* const* q, const float* limit, int R, const Tokens& tokens, const Tokens* next,
            float* const* parts) {
     for (int r = 0; r < R; r++) PartSums{parts[r], p.D}.maximum() = -INFINITY;
-    const int64_t total = end - begin;
-    keys_.resize(total + AHEAD + W);
-    tokens.gather(begin, end, keys_.data());
-    std::fill(keys_.begin() + total, keys_.end(), keys_[total - 1]);  // what is prefetched, or multiplied in vain
+    const int64_t total = tokens.count(), begin = tokens.begin;
+    tokens.gather(keys_, AHEAD + W, next);  // the last W may also be multiplied in vain
     value_ = tokens.value_offset();
     for (int64_t at = 0; at < total; at += KEYS) {
       const int n = (int)std::min<int64_t>(KEYS, total - at);

@@ -145,7 +145,7 @@ def test_one_bit_of_a_soft_prompt_is_a_miss():
 
 def test_errors():
     tree = PrefixTree(_pool(4))
-    with pytest.raises(ValueError, match=r"^PrefixTree: tokens must be at most the 0 that the sequence holds; got 2; w"):
+    with pytest.raises(ValueError, match=r"^PrefixTree: tokens must be at most the 0 that the sequence holds; got 2"):
         tree.insert(tree.find([]), [1, 2])
     with pytest.raises(ValueError, match=r"^PrefixTree: a part must be token ids or embeddings \[S, E\]; got shape"):
         contents(torch.ones(3))
