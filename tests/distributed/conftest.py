@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
-SECONDS = 60.0  # a step of any test takes a fraction of one; beyond this somebody waits for somebody who will not come
+SECONDS = 200.0  # a step of any test takes a second on an idle machine: beyond this a rank waits for one that is gone
 MOST = 3
 
 
 def _serve(pipe: Any, rank: int) -> None:
     import torch
     import torch.distributed as dist
+    import torch.distributed.nn  # its default group is the one that there is when it is first imported: none yet
 
     torch.set_num_threads(1)
     while (job := pipe.recv()) is not None:
