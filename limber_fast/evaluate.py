@@ -12,6 +12,7 @@ from limber_fast.data.pictures import Broken, Skipped, open_image
 from limber_fast.data.questions import COCO_FILE, read_vqa
 from limber_fast.evaluation.clip_score import score_captions
 from limber_fast.evaluation.predictions import MODEL, Scored, read_predictions, score_caption_files, score_vqa_files
+from limber_fast.optional import needed
 from limber_fast.report.evaluation import Shown, table_of, write_page, write_result
 
 FAILED = 1
@@ -93,7 +94,7 @@ def _answers(args: argparse.Namespace, skipped: Skipped) -> tuple[Scored, list[S
 
 def _scorer(name: str):
     """CLIPScore and RefCLIPScore by an open_clip model, weights as open_clip names them or a file."""
-    import open_clip
+    open_clip = needed("open_clip", "evaluate --clip")
 
     model_name, _, weights = name.partition(":")
     model, _, preprocess = open_clip.create_model_and_transforms(model_name, pretrained=weights)

@@ -14,7 +14,7 @@ _DISTRIBUTIONS = {"open_clip": "open_clip_torch", "PIL": "pillow", "sklearn": "s
 def needed(module: str, what: str) -> Any:
     """The module, or one line that says what needs it and how to get it.
 
-    Raises: ImportError.
+    Raises: ModuleNotFoundError.
     """
     top = module.partition(".")[0]
     try:
@@ -25,7 +25,7 @@ def needed(module: str, what: str) -> Any:
         if error.name != top:
             raise  # the package is there; something that it needs is not
         package = _DISTRIBUTIONS.get(top, top)
-        raise ImportError(f"{what} needs {package}: pip install {package}") from error
+        raise ModuleNotFoundError(f"{what} needs {package}: pip install {package}", name=top) from error
 
 
 def _settle_kernels() -> None:

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
 
+from limber_fast.optional import needed
+
+PIL = needed("PIL", "opening images")
+Image = needed("PIL.Image", "opening images")
 # What Pillow raises on files that are no images, or only the beginning of one.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
@@ -36,7 +39,7 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             return image.convert("RGB")
     except _BROKEN as error:
-        named = {FileNotFoundError: "no such file", UnidentifiedImageError: "not an image"}
+        named = {FileNotFoundError: "no such file", PIL.UnidentifiedImageError: "not an image"}
         return Broken(name, named.get(type(error)) or str(error) or type(error).__name__)
 
 

@@ -17,11 +17,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from PIL import Image
 
 from limber_fast.data.captions import CaptionedImage
 from limber_fast.data.index import BrokenIndex
-from limber_fast.data.pictures import Broken, open_record
+from limber_fast.data.pictures import Broken, Image, open_record
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")

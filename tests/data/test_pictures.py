@@ -1,6 +1,8 @@
 """Images on disk, some of them broken: counted, named, skipped."""
 
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -92,3 +94,9 @@ def test_content_in_memory():
     found = open_image(whole.getvalue()[:40], "shard.tar: 7.png")
     assert isinstance(found, Broken) and found.name == "shard.tar: 7.png"
     assert isinstance(open_image(b"", "nothing"), Broken)
+
+
+def test_without_pillow_one_line_says_what_to_install():
+    code = "import sys; sys.modules['PIL'] = None; import limber_fast.data.pictures"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == "ModuleNotFoundError: opening images needs pillow: pip install pillow"

@@ -44,7 +44,6 @@ class Concept:
         """True where no picture of the concept's family may be trained on."""
         return self.split == "test"
 
-
     @property
     def translations(self) -> dict[str, tuple[str, ...]]:
         """{language: (CLDR name, *search keywords)}, of the languages that have a name for it."""
