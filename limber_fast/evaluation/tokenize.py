@@ -52,32 +52,39 @@ _ADDRESS = r"[^\s\"<>|()[\]{}@.,!?]"
 _RULES = tuple(
     re.compile(pattern)
     for pattern in (
+        # words run together, and words
         r"(?i:(can)(not)|(gon|wan)(na)|(got)(ta)|(lem|gim)(me)|('t)(is|was))(?![A-Za-z0-9])",
         rf"{_ALNUM}+(?:_+{_ALNUM}+)*",
+        # what a missing space or slash holds together: "table.The", "half-eaten", "10-lb", "and/or"
         rf"{_LETTER}{_ALNUM}*(?:\.{_LETTER}{_ALNUM}*)+",
         rf"{_ALNUM}(?:{_ALNUM}|[.,])*(?:-(?:[A-Za-z](?:\.[A-Za-z])+\.|{_ALNUM}+))+",
         r"[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}(?:/[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}){1,2}",
+        # numbers and dates
         r"[-+]?(?:\d*(?:[.:,]\d+)+|\d+)",
         r"\d{1,2}[-/]\d{1,2}[-/]\d{2,4}",
+        # clitics, and words with an apostrophe of their own
         rf"({_LETTER}+)([nN]'[tT])(?![A-Za-z])",
         r"[nN]'[tT](?![A-Za-z])",
         r"'(?:[sSmMdD]|ll|LL|re|RE|ve|VE)(?![A-Za-z])",
         rf"(?i:[dol]'){_LETTER}{_ALNUM}*",
         r"(?i:ma'am|o'er|n?e'er|cap'n|c'mon|s'mores|ol'|dunkin'|somethin')",
         r"(?i:'n'|'(?:em|cause|till?|n)(?![A-Za-z])|[ldjy]'|'\d\ds?(?!\d))",
+        # acronyms and abbreviations, with their full stop
         r"[A-Z]+(?:[+&][A-Z]+)+",
         r"[A-Za-z](?:\.[A-Za-z])+\.",
         rf"[A-Za-z]\.(?!\s+{_any(_STARTERS)}(?![\w.]))",
         rf"(?i:[A-Za-z]{{1,2}}\.D|{_ABBREVIATION})\.",
         rf"{_any(_CAPITALISED)}\.",
         rf"(?i:{_any(_BEFORE_DIGITS)})\.(?=\s*\d)",
-        r"(?:US|[ACN]Z?)?\$|US\$",
+        # currencies, C++, tags, addresses, mark-up
+        r"(?:US|[ACN]Z?)?\$",
         r"[cC](?:\+\+|#)",
         r"#[A-Za-z]\w*|@[A-Za-z]\w*",
         rf"(?i:(?:https?|ftp)://[^\s\"<>|(){{}}]+[^\s\"<>|(){{}}.,!?:;]|www\.(?:{_ADDRESS}+\.)+[a-z]{{2,4}}(?:/{_ADDRESS}+)*)",
         rf"(?i:(?:{_ADDRESS}+\.)+{_any(_TOP_LEVEL)}(?![A-Za-z]))",
         r"[\w.+-]*\w@(?:\w[\w-]*\.)+[A-Za-z]+",
         r"</?[A-Za-z!][^<>\n]*>",
+        # faces and punctuation; the last takes any single character
         r"[<>]?[:;=][-o*']?[()DPdpO{@|\[\]]",
         r"\.{3,5}|(?:\. ){2,4}\.",
         r"[?!]+",
