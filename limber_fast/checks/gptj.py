@@ -66,6 +66,16 @@ def model_dtype(op: str, dtype: Any) -> None:
         raise invalid(op, "dtype", "be torch.bfloat16, float16, float32 or float64", repr(dtype), kind=TypeError)
 
 
+def live_prefix(op: str, prefix: Any, kind: type, dtype: torch.dtype) -> None:
+    if not isinstance(prefix, kind):
+        raise invalid(op, "prefix", "be made by GPTJ.prefix", kind_of(prefix), kind=TypeError)
+    if not prefix.length:
+        raise invalid(op, "prefix", "be in use", "one that was released", "make it anew")
+    found = prefix.cache.pool.storage.dtype
+    if found != dtype:
+        raise invalid(op, "prefix", f"be of the model's {dtype}", str(found), "make it with this model", kind=TypeError)
+
+
 def fits_cache(op: str, batch: int, lengths: list[int]) -> None:
     if batch != len(lengths):
         raise invalid(op, "cache", f"hold one sequence per row, {batch}", str(len(lengths)), "model.new_cache(B)")

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from limber_fast import checks
 from limber_fast.models import gptj_files, gptj_generate
+from limber_fast.models.gptj_attention import KVCache, Prefix
 from limber_fast.models.gptj_config import GPTJConfig
 from limber_fast.models.gptj_generate import Generation, OnToken, Sampler, Stopping
 from limber_fast.models.gptj_model import FrozenGPTJ, GPTJOutput
 from limber_fast.models.gptj_weights import BNB_SCALES, Filling, randomise
+from limber_fast.ops.prefix_attention import PAGE_SIZE
 
 __all__ = ["GPTJ", "GPTJConfig", "GPTJOutput", "Generation"]
 
@@ -121,6 +123,31 @@ class GPTJ(FrozenGPTJ):
         """
         gptj_files.save(self, Path(folder))
 
+    @torch.no_grad()
+    def prefix(
+        self, input_ids: str | Sequence[int] | Tensor | None = None, *, inputs_embeds: Tensor | None = None,
+        tokenizer: Any = None, room: int = 16_384,
+    ) -> Prefix:  # fmt: skip
+        """The beginning of later prompts, computed once: `generate(..., prefix=...)` goes on from it.
+
+        Every prompt forks from its pages, which are read once for all of them and copied by nobody; a prompt's own
+        tokens lie in pages beside.
+
+        Args:
+            input_ids, inputs_embeds, tokenizer: one prompt, as in `generate`.
+            room: tokens of all prompts that go on from it at a time, in all; memory is taken as they fill it.
+        """
+        checks.size(f"{_OP}.prefix", "room", room)
+        embeds = None if inputs_embeds is None else [inputs_embeds]
+        if isinstance(input_ids, Tensor):
+            input_ids = [input_ids.flatten()]
+        x, lengths = gptj_generate.packed_prompts(self, input_ids, embeds, None, tokenizer)
+        checks.within_context(_OP, lengths[0], self.config.n_positions)
+        pages = 64 * PAGE_SIZE  # of prompts that end within a page
+        cache = KVCache.for_tokens(self.config, [lengths[0] + room + pages], self.dtype, self.device)
+        self.hidden_states(x, lengths, cache=cache)
+        return Prefix(cache)
+
     def generate(
         self,
         input_ids: str | Sequence[Any] | Tensor | None = None,
@@ -138,6 +165,7 @@ class GPTJ(FrozenGPTJ):
         repetition_stop: int | None = None,
         tokenizer: Any = None,
         on_token: OnToken | None = None,
+        prefix: Prefix | None = None,
     ) -> Generation:
         """Continues a batch of prompts, each of its own length.
 
@@ -157,6 +185,8 @@ class GPTJ(FrozenGPTJ):
             on_token: called as (row, token, text) with every token; text is what has become certain since, so that all
                 pieces together are the row's final text.
 
+            prefix: of `self.prefix`: what comes before every prompt, not computed again.
+
         Returns: Generation with tokens, texts and what ended each.
         Raises: ValueError or TypeError for arguments that break this, before anything is computed.
         """
@@ -169,6 +199,9 @@ class GPTJ(FrozenGPTJ):
         stopping.check()
         with torch.no_grad():
             x, lengths = gptj_generate.packed_prompts(self, input_ids, inputs_embeds, attention_mask, tokenizer)
-        gptj_generate.check_room(lengths, max_new_tokens, self.config.n_positions)
+        if prefix is not None:
+            checks.live_prefix(f"{_OP}.generate", prefix, Prefix, self.dtype)
+        before = 0 if prefix is None else prefix.length
+        gptj_generate.check_room(lengths, max_new_tokens, self.config.n_positions, before)
         seed = int(torch.randint(2**62, ())) if seed is None else seed
-        return gptj_generate.generate(self, x, lengths, max_new_tokens, sampler, seed, stopping, on_token)
+        return gptj_generate.generate(self, x, lengths, max_new_tokens, sampler, seed, stopping, on_token, prefix)

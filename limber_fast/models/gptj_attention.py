@@ -133,6 +133,32 @@ class KVCache:
         self.keep([])
 
 
+class Prefix:
+    """A prompt's beginning, computed once, that any number of prompts go on from: `GPTJ.prefix` makes it.
+
+    A context manager: its memory is given back at the end.
+
+    Attributes:
+        cache: of one sequence. length: its tokens. dtype: of keys and values.
+    """
+
+    def __init__(self, cache: KVCache) -> None:
+        self.cache = cache
+
+    @property
+    def length(self) -> int:
+        return self.cache.lengths[0] if self.cache.sequences else 0
+
+    def release(self) -> None:
+        self.cache.release()
+
+    def __enter__(self) -> Prefix:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+
 def cached_attention(config: GPTJConfig, cache: KVCache, batch: PagedBatch) -> Callable[[Tensor, int], Tensor]:
     """(q|k|v [T, 3 E] of new tokens, layer) -> [T, E], over the cache, which grows by them."""
     table = rotary(config.n_positions, config.rotary_dim, cache.pool.storage.device)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from limber_fast import checks
-from limber_fast.models.gptj_attention import KVCache
+from limber_fast.models.gptj_attention import KVCache, Prefix
 
 _OP = "GPTJ.generate"
 NUCLEUS = 256
@@ -184,25 +184,40 @@ def _all(prompts: Any, kind: type) -> bool:
     return isinstance(prompts, (list, tuple)) and bool(prompts) and all(isinstance(x, kind) for x in prompts)
 
 
-def check_room(lengths: list[int], max_new_tokens: int, limit: int) -> None:
+def check_room(lengths: list[int], max_new_tokens: int, limit: int, before: int = 0) -> None:
     checks.size(_OP, "max_new_tokens", max_new_tokens)
-    longest = max(lengths)
+    longest = before + max(lengths)
     if longest + max_new_tokens > limit:
         contract = f"fit behind the prompts within n_positions = {limit}"
-        found = f"{max_new_tokens} behind {longest} tokens of prompt {lengths.index(longest)}"
+        found = f"{max_new_tokens} behind {longest} tokens of prompt {lengths.index(max(lengths))}"
         raise checks.invalid(_OP, "max_new_tokens", contract, found, f"at most {max(0, limit - longest)} fit")
 
 
 @torch.inference_mode()
 def generate(
     model: Any, x: Tensor, lengths: list[int], max_new_tokens: int, sampler: Sampler, seed: int, stopping: Stopping,
-    on_token: OnToken | None,
+    on_token: OnToken | None, prefix: Prefix | None = None,
 ) -> Generation:  # fmt: skip
-    """Prefill of all prompts at once, then one token a step for every text that has not ended."""
+    """Prefill of all prompts at once, behind what they share, then one token a step for every text that goes on."""
     rows = [Row(stopping) for _ in lengths]
     generators = [torch.Generator(x.device).manual_seed((seed + r) % 2**63) for r in range(len(rows))]
-    room = [length + max_new_tokens for length in lengths]
-    cache = KVCache.for_tokens(model.config, room, model.dtype, model.device)
+    if prefix is None:
+        room = [length + max_new_tokens for length in lengths]
+        cache = KVCache.for_tokens(model.config, room, model.dtype, model.device)
+    else:
+        cache = prefix.cache.fork([0] * len(lengths))
+    try:
+        _generate(model, x, lengths, max_new_tokens, sampler, generators, rows, cache, on_token)
+    finally:
+        cache.release()
+    texts = None if stopping.tokenizer is None else [row.text for row in rows]
+    return Generation([row.tokens for row in rows], texts, [row.stopped for row in rows])
+
+
+def _generate(
+    model: Any, x: Tensor, lengths: list[int], max_new_tokens: int, sampler: Sampler,
+    generators: list[torch.Generator], rows: list[Row], cache: KVCache, on_token: OnToken | None,
+) -> None:  # fmt: skip
     hidden = model.hidden_states(x, lengths, cache=cache)
     hidden = hidden[torch.tensor(lengths, device=x.device).cumsum(0) - 1]
     active = list(range(len(rows)))
@@ -220,5 +235,3 @@ def generate(
             active, tokens = ([found[at] for at in going] for found in (active, tokens))
         rows_of_tokens = F.embedding(torch.tensor(tokens, device=x.device), model.wte)
         hidden = model.hidden_states(rows_of_tokens, [1] * len(tokens), cache=cache)
-    texts = None if stopping.tokenizer is None else [row.text for row in rows]
-    return Generation([row.tokens for row in rows], texts, [row.stopped for row in rows])

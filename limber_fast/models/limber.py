@@ -15,7 +15,9 @@ from limber_fast import checks
 from limber_fast.models import limber_files
 from limber_fast.models.encoders import ImageEncoder
 from limber_fast.models.gptj import GPTJ
+from limber_fast.models.gptj_attention import Prefix
 from limber_fast.models.gptj_model import IGNORE_INDEX
+from limber_fast.ops.prefix_attention import PAGE_SIZE
 from limber_fast.ops.project_concat import project_concat
 
 _OP = "Limber"
@@ -28,6 +30,7 @@ DECODING: Mapping[str, Mapping[str, Any]] = {
 IMAGE = object()  # a picture's place in a prompt
 Part = Any  # a text, token ids, or IMAGE
 Images = Sequence[Any] | Tensor
+Shot = tuple[Any, str, str]  # picture or its features [k, D], question, answer
 
 
 class Limber(nn.Module):
@@ -143,30 +146,47 @@ class Limber(nn.Module):
         prompts = [[IMAGE, *([prompt] if prompt else [])]] * len(features)
         return self._say(features, prompts, decoding, max_new_tokens, seed=seed, on_token=on_token, **options)
 
+    @torch.no_grad()
+    def prefix(self, shots: Sequence[Shot], *, separator: str = "\n", room: int = 16_384) -> Prefix:
+        """The shots of `answer`, computed once for any number of calls: a context manager that gives its memory back.
+
+        Args: as in `answer`; room: of `GPTJ.prefix`.
+        """
+        if not shots:
+            raise checks.invalid(f"{_OP}.prefix", "shots", "be at least one", "none")
+        shown = [picture for picture, _, _ in shots]
+        ready = all(isinstance(x, Tensor) for x in shown)
+        parts = [part for _, q, a in shots for part in (IMAGE, f"Q: {q} A: {a}{separator}")]
+        rows, _ = self.inputs_embeds(self.encode(torch.stack(shown) if ready else shown), [parts])
+        return self.language_model.prefix(inputs_embeds=rows, room=room)
+
     def answer(
-        self, images: Images, questions: Sequence[str], shots: Sequence[tuple[Any, str, str]] = (), *,
+        self, images: Images, questions: Sequence[str], shots: Sequence[Shot] = (), *, prefix: Prefix | None = None,
         decoding: str = "greedy", max_new_tokens: int = 10, separator: str = "\n", **options: Any,
     ) -> list[str]:  # fmt: skip
         """Answers to one question for each picture: ``[picture] Q: question A:`` behind the shots.
 
         Args:
             images: n pictures or their features. questions: n.
-            shots: (picture or its features [k, D], question, answer), shown before every question, in this order.
+            shots: (picture or its features [k, D], question, answer), shown before every question, in this order. They
+                are computed once, and every question goes on from there.
+            prefix: of `self.prefix(shots)`, in the place of shots, where more calls follow.
             separator: behind each shot; what ends an answer too (LiMBeR published neither).
             decoding, max_new_tokens, options: as in `caption`.
         """
         features = self.encode(images)
         if len(features) != len(questions):
             raise checks.invalid(_OP, "questions", f"be {len(features)}, one for each picture", str(len(questions)))
-        shown = [x for x, _, _ in shots]
-        ready = all(isinstance(x, Tensor) for x in shown)
-        examples = self.encode(torch.stack(shown) if shown and ready else shown) if shown else features[:0]
-        before = [part for _, q, a in shots for part in (IMAGE, f"Q: {q} A: {a}{separator}")]
-        prompts = [[*before, IMAGE, f"Q: {question} A:"] for question in questions]
-        features = torch.cat([torch.cat([examples, features[i : i + 1]]) for i in range(len(features))])
+        if shots and prefix is not None:
+            raise checks.invalid(_OP, "prefix", "take the place of shots", "both")
+        prompts = [[IMAGE, f"Q: {question} A:"] for question in questions]
         if separator and not options.get("stop_strings"):
             options["stop_strings"] = separator
-        return [text.strip() for text in self._say(features, prompts, decoding, max_new_tokens, **options)]
+        if not shots:
+            return self._say(features, prompts, decoding, max_new_tokens, prefix=prefix, **options)
+        longest = max(len(prompt[1]) for prompt in prompts) + features.shape[1] + max_new_tokens  # a token has a letter
+        with self.prefix(shots, separator=separator, room=len(prompts) * (longest + PAGE_SIZE)) as prefix:
+            return self._say(features, prompts, decoding, max_new_tokens, prefix=prefix, **options)
 
     def _say(
         self, features: Tensor, prompts: list[list[Part]], decoding: str, max_new_tokens: int, **options: Any

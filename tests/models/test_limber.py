@@ -86,6 +86,34 @@ def test_answers_see_shots_and_stop_at_the_separator(limber, theirs):
         assert limber.answer(features[i : i + 1], [question], shots, max_new_tokens=8) == [found[i]]
 
 
+def test_shots_are_computed_once(limber, monkeypatch):
+    features, (one, two) = features_of(3, 5), features_of(2, 6)
+    shots = [(one, "what?", "fox"), (two, "who?", "cat")]
+    questions = ["where?", "why?", "what is it for?"]
+    inline = limber.answer(features, questions, shots, max_new_tokens=6)
+    seen = []
+    hidden_states = type(limber.language_model).hidden_states
+
+    def counted(self, x, *args, **options):
+        seen.append(len(x))
+        return hidden_states(self, x, *args, **options)
+
+    monkeypatch.setattr(type(limber.language_model), "hidden_states", counted)
+    with limber.prefix(shots) as prefix:
+        length, before = prefix.length, prefix.cache.pool.stats()
+        assert seen == [length]
+        found = limber.answer(features, questions, prefix=prefix, max_new_tokens=6)
+        assert found == inline
+        assert seen[1] == sum(K + len(limber.tokenizer(f"Q: {q} A:").input_ids) for q in questions)  # and no shot
+        assert limber.answer(features[:1], questions[:1], prefix=prefix, max_new_tokens=6) == inline[:1]
+        after = prefix.cache.pool.stats()
+        assert after["pages"] == before["pages"] and after["forks"] == 4
+        with pytest.raises(ValueError, match="prefix must take the place of shots"):
+            limber.answer(features, questions, shots, prefix=prefix)
+    with pytest.raises(ValueError, match="prefix must be in use; got one that was released"):
+        limber.answer(features, questions, prefix=prefix)
+
+
 def test_ragged_prompts_do_not_meet(limber):
     features = features_of(3)
     prompts = [[IMAGE, "abc"], ["x", IMAGE], [IMAGE]]
