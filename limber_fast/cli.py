@@ -1,4 +1,4 @@
-"""Command line: `limber-fast demo | train-limber | env | bench | evaluate`.
+"""Command line: `limber-fast demo | train-clip | train-limber | env | bench | evaluate`.
 
 Parsing imports nothing heavy; each command imports its own needs.
 
@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -126,9 +127,17 @@ def build_parser() -> argparse.ArgumentParser:
     limber.add_argument("--dry-run", action="store_true", help="print shapes, memory and an estimate of time")
     _limber_flags(limber)
 
-    for command in (demo, bench, limber):
+    clip = commands.add_parser(
+        "train-clip", help="train a model of open_clip through the fused loss; also under torchrun"
+    )
+    clip.add_argument("--resume", action="store_true", help="continue from the checkpoint in the output folder")
+    clip.add_argument("--dry-run", action="store_true", help="print shapes, memory and an estimate of time")
+    _clip_flags(clip)
+
+    for command in (demo, bench, limber, clip):
         command.add_argument("--threads", type=_positive(int), help="CPU threads (default: torch's choice)")
-    for command, run in ((demo, _demo), (limber, _train_limber), (env, _env), (bench, _bench), (evaluate, _evaluate)):
+    trained = ((limber, _train_limber), (clip, _train_clip))
+    for command, run in (*trained, (demo, _demo), (env, _env), (bench, _bench), (evaluate, _evaluate)):
         command.set_defaults(run=run)
         # Accepted after the command too; without a default of its own, which would undo the flag before it.
         command.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS, help="the same")
@@ -147,15 +156,29 @@ def _limber_flags(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, LimberTrainConfig)
 
 
+def _clip_flags(parser: argparse.ArgumentParser) -> None:
+    from limber_fast.training.clip_config import ClipTrainConfig
+    from limber_fast.training.limber_config import add_flags
+
+    add_flags(parser, ClipTrainConfig)
+
+
+def _train_clip(args: argparse.Namespace, console: Console) -> int | None:
+    return _train("train_clip", args, console)
+
+
 def _train_limber(args: argparse.Namespace, console: Console) -> int | None:
+    return _train("train_limber", args, console)
+
+
+def _train(module: str, args: argparse.Namespace, console: Console) -> int | None:
     import torch
 
-    from limber_fast import train_limber
-
+    command = import_module(f"limber_fast.{module}")
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
-        return train_limber.main(args, console)
+        return command.main(args, console)
     except (ValueError, TypeError, ImportError) as error:
         if isinstance(error, ModuleNotFoundError):
             raise

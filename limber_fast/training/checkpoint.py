@@ -28,6 +28,8 @@ LIMBER = Layout(
     "limber_fast.limber_training/1", frozenset({"config", "parameters", "optimizer", "step", "seconds", "history"})
 )
 
+CLIP = Layout("limber_fast.clip_training/1", frozenset({"config", "model", "optimizer", "step", "seconds", "history"}))
+
 
 class CheckpointError(ValueError):
     """The file is not a checkpoint of this format; the message says what was found."""

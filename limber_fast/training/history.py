@@ -7,6 +7,7 @@ import os
 from collections import defaultdict
 from pathlib import Path
 
+CLIP_COLUMNS = ("step", "seconds", "loss", "scale", "grad_norm", "learning_rate")
 LIMBER_COLUMNS = ("step", "seconds", "loss", "grad_norm", "learning_rate")
 COLUMNS = ("step", "seconds", "loss", "image_text_loss", "image_image_loss", "scale", "accuracy", "learning_rate")
 

@@ -1,0 +1,156 @@
+"""`limber-fast train-clip`: any model of open_clip, trained on pictures with captions through the fused loss."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from limber_fast import checks
+from limber_fast.console import Console
+from limber_fast.train_limber import pairs_of, processes
+from limber_fast.training.checkpoint import CLIP, CheckpointError, load_checkpoint
+from limber_fast.training.clip import ClipTrainer
+from limber_fast.training.clip_config import ClipTrainConfig
+from limber_fast.training.interrupt import EXIT_CODE
+from limber_fast.training.limber_config import from_flags
+from limber_fast.training.limber_data import Pairs
+
+FAILED = 1
+_DRY_STEPS = 3
+
+
+def main(args: argparse.Namespace, console: Console) -> int:
+    """Run the command; args: a flag for each field of ClipTrainConfig, --config, --resume, --dry-run."""
+    config = from_flags(ClipTrainConfig, args)
+    folder = Path(config.output)
+    with processes() as (rank, world):
+        if rank:
+            console.quiet = True
+        if config.batch_size < world:
+            found = str(config.batch_size)
+            raise checks.invalid("train-clip", "batch_size", f"be at least one for each of {world} processes", found)
+        pairs = pairs_of(config)
+        trainer = build_trainer(config, pairs)
+        parameters = sum(p.numel() for p in trainer.model.parameters())
+        console.print(f"{config.model}, {parameters / 1e6:.1f} M parameters, {len(pairs)} pictures, {world} processes")
+        if args.dry_run:
+            return dry_run(trainer, world, console)
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint = folder / "checkpoint.pt"
+        if args.resume and checkpoint.exists():
+            try:
+                trainer.restore(load_checkpoint(checkpoint, CLIP))
+            except CheckpointError as error:
+                console.error(f"{error}; run without --resume to start anew")
+                return FAILED
+            console.print(f"resumed at step {trainer.step}")
+        log = _tensorboard(folder) if config.tensorboard and not rank else None
+        with console.progress("training", config.steps) as update:
+
+            def watch(step: int, values: dict[str, float]) -> None:
+                update(step, **{name: values[name] for name in ("loss", "scale", "learning_rate")})
+                for name, value in values.items() if log is not None else ():
+                    log.add_scalar(name, value, step)
+
+            done = trainer.run(folder, watch)
+        if trainer.skipped:  # of this process's share
+            first = next(iter(trainer.skipped.items()))
+            console.print(f"{len(trainer.skipped)} pictures could not be read, the first: {first[0]} ({first[1]})")
+        if not done:
+            console.print(f"stopped at step {trainer.step}; {checkpoint} is whole: go on with --resume")
+            return EXIT_CODE
+        if not rank:
+            console.print(f"{save_weights(trainer.model, folder)}")
+    return 0
+
+
+def build_trainer(config: ClipTrainConfig, pairs: Pairs) -> ClipTrainer:
+    """Model with first weights from the seed, its own preprocessing and tokenizer, on this process's device."""
+    model, transform, tokenizer = build(config)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    return ClipTrainer(model.to(device), pairs, transform, tokenizer, config)
+
+
+def build(config: ClipTrainConfig) -> tuple[nn.Module, Callable[[Any], Tensor], Callable[[list[str]], Tensor]]:
+    name = config.model
+    if name.endswith(".json"):
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"{name}: no such file")
+        open_clip.add_model_config(Path(name))
+        name = Path(name).stem
+    if name not in open_clip.list_models():
+        near = [known for known in open_clip.list_models() if name.lower()[:5] in known.lower()][:5]
+        raise checks.invalid("train-clip", "model", "be a name of open_clip.list_models() or a .json file", repr(name),
+                             f"near it: {', '.join(near)}" if near else "")  # fmt: skip
+    logging.getLogger().setLevel(logging.ERROR)  # open_clip warns that the weights are random, as they are meant to be
+    bias = {"init_logit_scale": math.log(10), "init_logit_bias": -10.0} if config.loss == "siglip" else {}
+    torch.manual_seed(config.seed)
+    model, transform, _ = open_clip.create_model_and_transforms(name, output_dict=True, **bias)
+    if config.grad_checkpointing:
+        model.set_grad_checkpointing()
+    return model, transform, open_clip.get_tokenizer(name)
+
+
+def save_weights(model: nn.Module, folder: Path) -> Path:
+    """model.safetensors, which `open_clip.create_model(..., pretrained=path)` reads; whole or absent."""
+    path, temporary = folder / "model.safetensors", folder / f".model.safetensors.{os.getpid()}.tmp"
+    try:
+        save_file({name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}, temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def dry_run(trainer: ClipTrainer, world: int, console: Console) -> int:
+    """Shapes, memory, and an estimate of time from steps that are then forgotten; nothing is written."""
+    config, batches, seconds = trainer.config, trainer.batches(), []
+    trainer.model.train()
+    shapes = ()
+    for _ in range(min(_DRY_STEPS, config.steps)):
+        started = time.perf_counter()
+        batch, broken = next(batches)
+        if batch is None:
+            raise checks.invalid("train-clip", "data", "have a readable picture", f"{broken[0].name}: broken")
+        trainer.train_step(batch)
+        seconds.append(time.perf_counter() - started)
+        shapes = tuple(tuple(x.shape) for x in batch[:2])
+    with torch.no_grad():
+        width = trainer.model.encode_image(batch[0][:1].to(trainer.device)).shape[1]
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    step = min(seconds)
+    rows = [
+        ("images, tokens of a process", f"{shapes[0]}, {shapes[1]}"),
+        ("features, logits never held", f"{config.batch_size} x {width}, {config.batch_size} x {config.batch_size}"),
+        ("weights, gradients, AdamW", f"{16 * parameters / 2**20:.0f} MiB a process"),
+        ("gathered features", f"{8 * config.batch_size * width / 2**20 if world > 1 else 0:.1f} MiB a process"),
+        ("a step", f"{step:.2f} s"),
+        (f"{config.steps} steps", f"{config.steps * step / 3600:.2f} h"),
+    ]
+    console.table("Dry run", ("", ""), rows)
+    return 0
+
+
+def _tensorboard(folder: Path) -> Any:
+    from limber_fast.optional import needed
+
+    needed("tensorboard", "--tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder / "tensorboard"))

@@ -1,0 +1,228 @@
+"""Training any model of open_clip with `ClipLoss` or `SigLipLoss`, on one process or many, resumable at any step."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from PIL.Image import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from limber_fast import ClipLoss, SigLipLoss, checks
+from limber_fast.data.pictures import Broken
+from limber_fast.training.checkpoint import CLIP, save_checkpoint
+from limber_fast.training.clip_config import FREE, ClipTrainConfig
+from limber_fast.training.history import CLIP_COLUMNS, History
+from limber_fast.training.interrupt import InterruptGuard
+from limber_fast.training.limber_data import Pairs
+from limber_fast.training.schedule import warmup_cosine
+
+Watch = Callable[[int, dict[str, float]], None]
+MAX_LOGIT_SCALE = math.log(100)
+
+
+def ranks() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+class Samples(Dataset):
+    """Pictures and captions by (index, place in the run): augmentation and the choice of a caption depend on the place
+    alone, whichever process or worker makes them."""
+
+    def __init__(self, pairs: Pairs, transform: Callable[[Image], Tensor], tokenizer: Callable[[list[str]], Tensor],
+                 seed: int) -> None:  # fmt: skip
+        self.pairs, self.transform, self.tokenizer, self.seed = pairs, transform, tokenizer, seed
+
+    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, Tensor, int] | Broken:
+        index, position = place
+        image, captions = self.pairs.image(index), self.pairs.captions(index)
+        if isinstance(image, Broken):
+            return image
+        rng = random.Random(f"{self.seed} sample {position}")
+        caption = rng.choice(captions)
+        seed = rng.getrandbits(62)  # torchvision draws from torch's generator, open_clip's colours from Python's
+        torch.manual_seed(seed)
+        random.seed(seed)
+        # Pictures that share their first caption are not each other's negatives.
+        same = hashlib.blake2b(captions[0].encode(), digest_size=8).digest()
+        return self.transform(image), self.tokenizer([caption])[0], int.from_bytes(same, "little", signed=True)
+
+
+class Places:
+    """Per step, (index, place) of what this process takes of the endless sequence of shuffled epochs."""
+
+    def __init__(self, pairs: int, config: ClipTrainConfig, start: int = 0) -> None:
+        self.pairs, self.config, self.start = pairs, config, start
+
+    def __len__(self) -> int:
+        return self.config.steps - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        (rank, world), size = ranks(), self.config.batch_size
+        known, order = -1, list(range(self.pairs))
+        for step in range(self.start, self.config.steps):
+            places = []
+            for position in range(step * size + rank, (step + 1) * size, world):
+                epoch, place = divmod(position, self.pairs)
+                if epoch != known:
+                    order = list(range(self.pairs))
+                    random.Random(f"{self.config.seed} epoch {epoch}").shuffle(order)
+                    known = epoch
+                places.append((order[place], position))
+            yield places
+
+
+def collate(samples: Sequence[Any]) -> tuple[tuple[Tensor, Tensor, Tensor] | None, list[Broken]]:
+    good = [sample for sample in samples if not isinstance(sample, Broken)]
+    broken = [sample for sample in samples if isinstance(sample, Broken)]
+    if not good:
+        return None, broken
+    images, tokens, ids = zip(*good, strict=True)
+    return (torch.stack(images), torch.stack(tokens), torch.tensor(ids)), broken
+
+
+class _Features(nn.Module):
+    """What open_clip's model returns, as a tuple. The bias as a copy: of a parameter that is itself an output DDP
+    believes that it was not used."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        out = self.model(images, tokens)
+        bias = out.get("logit_bias")
+        return out["image_features"], out["text_features"], out["logit_scale"], None if bias is None else bias.clone()
+
+
+class ClipTrainer:
+    """Trains `model` on pairs of pictures and captions with the loss of the global batch.
+
+    What a step does is a function of its number, so a run that was stopped goes on bit for bit; with several processes
+    every one takes its share of each batch, pairs of broken pictures left out.
+
+    Args:
+        model: of open_clip, made with output_dict=True, on its device.
+    """
+
+    def __init__(self, model: nn.Module, pairs: Pairs, transform: Callable[[Image], Tensor],
+                 tokenizer: Callable[[list[str]], Tensor], config: ClipTrainConfig) -> None:  # fmt: skip
+        self.model, self.pairs, self.config = model, pairs, config
+        self.samples = Samples(pairs, transform, tokenizer, config.seed)
+        self.step, self.seconds, self.history = 0, 0.0, History(columns=CLIP_COLUMNS)
+        self.skipped: dict[str, str] = {}
+        self.device = next(model.parameters()).device
+        rank, world = ranks()
+        where = {"rank": rank, "world_size": world, "backend": config.backend}
+        if config.loss == "clip":
+            self.loss = ClipLoss(label_smoothing=config.label_smoothing, **where)
+        else:
+            self.loss = SigLipLoss(**where)
+        # Without find_unused_parameters DDP regroups its buckets after a first step, and three processes or more add
+        # in another order from then on: a resumed run would differ in its first step.
+        self.parallel = _Features(model)
+        if world > 1:
+            self.parallel = nn.parallel.DistributedDataParallel(self.parallel, find_unused_parameters=True)
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        decayed = [p for name, p in named if p.ndim >= 2 and "positional" not in name]
+        free = [p for name, p in named if p.ndim < 2 or "positional" in name]
+        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, config.learning_rate, (config.beta1, config.beta2), eps=config.eps)
+
+    def batches(self) -> Iterator[tuple[tuple[Tensor, Tensor, Tensor] | None, list[Broken]]]:
+        """From the present step to the last."""
+        places = Places(len(self.pairs), self.config, self.step)
+        return iter(DataLoader(self.samples, batch_sampler=places, collate_fn=collate, num_workers=self.config.workers,
+                               pin_memory=self.device.type == "cuda"))  # fmt: skip
+
+    def train_step(self, batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
+        config, (rank, _) = self.config, ranks()
+        images, tokens, ids = (x.to(self.device, non_blocking=True) for x in batch)
+        # Dropout, dropped patches: of this step and process, not of what ran before.
+        torch.manual_seed(random.Random(f"{config.seed} model {self.step} {rank}").getrandbits(62))
+        self.optimizer.zero_grad()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            image_features, text_features, scale, bias = self.parallel(images, tokens)
+        loss = self.loss(image_features, text_features, scale, bias, ids=ids)
+        loss.backward()
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(trained, config.grad_clip or math.inf)
+        factor = warmup_cosine((self.step + 1) / (config.steps + 1), max(config.warmup, 1e-9) / config.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = factor * config.learning_rate
+        self.optimizer.step()
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+        self.step += 1
+        return {"loss": float(loss.detach()), "scale": float(scale.detach()), "grad_norm": float(norm),
+                "learning_rate": factor * config.learning_rate}  # fmt: skip
+
+    def run(self, folder: Path, watch: Watch = lambda step, values: None) -> bool:
+        """Train to the last step or to Ctrl-C; `checkpoint.pt` and `train.csv` in `folder` are then up to date.
+
+        Returns: True at the last step, False when interrupted.
+        Raises: ValueError for a batch without one readable picture; FloatingPointError where the loss is not finite.
+        """
+        self.model.train()
+        batches = self.batches()
+        with InterruptGuard() as guard:
+            while self.step < self.config.steps and not self._asked_by_any(guard.requested):
+                started = time.perf_counter()
+                batch, broken = next(batches)
+                self.skipped |= {x.name: x.reason for x in broken}
+                if batch is None:
+                    raise checks.invalid("train-clip", "data", "have a readable picture in every batch", f"none of "
+                                         f"{len(broken)} at step {self.step}, the first {broken[0].name}")  # fmt: skip
+                values = self.train_step(batch)
+                if not math.isfinite(values["loss"]):
+                    raise FloatingPointError(f"train-clip: the loss is {values['loss']} at step {self.step}; the last "
+                                             "checkpoint is whole: lower learning_rate")  # fmt: skip
+                self.seconds += time.perf_counter() - started
+                self.history.add(self.step, self.seconds, self.step / self.config.steps, values)
+                watch(self.step, self.history.smooth)
+                if self.step % self.config.save_every == 0 and self.step < self.config.steps:
+                    self.save(folder)
+            self.history.close(self.step, self.seconds)
+            self.save(folder)
+        return self.step >= self.config.steps
+
+    def _asked_by_any(self, requested: bool) -> bool:
+        """Whether a process was asked to stop: all stop after the same step, or those left would wait for ever."""
+        if ranks()[1] == 1:
+            return requested
+        flag = torch.tensor([float(requested)], device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def save(self, folder: Path) -> None:
+        """checkpoint.pt and train.csv, by the first process alone."""
+        if ranks()[0]:
+            return
+        state = {"config": self.config.to_dict(), "model": self.model.state_dict(), "step": self.step,
+                 "optimizer": self.optimizer.state_dict(), "seconds": self.seconds,
+                 "history": self.history.rows}  # fmt: skip
+        save_checkpoint(folder / "checkpoint.pt", state, CLIP)
+        self.history.write_csv(folder / "train.csv")
+
+    def restore(self, state: dict) -> None:
+        """Go on from a checkpoint.
+
+        Raises: ValueError naming a setting that differs from the checkpoint's.
+        """
+        mine = self.config.to_dict()
+        for name, value in state["config"].items():
+            if name not in FREE and value != mine.get(name):
+                raise checks.invalid("train-clip", name, f"be the checkpoint's, {value!r}", repr(mine.get(name)),
+                                     "go on with its settings, or into another output")  # fmt: skip
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.history = History(state["history"], columns=CLIP_COLUMNS)
