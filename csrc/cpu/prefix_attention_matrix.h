@@ -37,19 +37,17 @@ class MatrixAttention {
   // Rows q[0 .. R-1] of a head over tokens, of which row r sees those below limit[r] (not decreasing).
   void run(const void* const* q, const float* limit, int R, const Tokens& tokens, const Tokens* next) {
     pack_transposed<Op, NR>(PointedRows{(const char* const*)q, p.D, DTYPE}, 0, R, q_);
-    tokens.gather(keys_, KEYS + AHEAD, next);
-    value_ = tokens.value_offset(), fetched_ = 0;
+    tokens.gather(keys_, AHEAD, next);
+    value_ = tokens.value_offset();
     for (int r = 0; r < round_up(R, NR); r++) {
       limit_[r] = std::min<float>(limit[std::min(r, R - 1)], tokens.end) - tokens.begin;
       maximum_[r] = -INFINITY, sum_[r] = 0.f;
     }
     fresh_ = 0;
-    const int64_t total = tokens.count(), panels = ceil_div(R, NR);
+    const int64_t total = tokens.count();
     for (int64_t at = 0; at < total; at += KEYS) {
       const int n = (int)std::min<int64_t>(KEYS, total - at);
       pack(at, n);
-      fetch_step_ = ceil_div(KEYS, panels * (ceil_div(n, MR) + ceil_div(p.D, NR)));
-      fetch_end_ = at + n + KEYS;
       for (int r = 0; r < R; r += NR) {
         const int seen = (int)std::min<float>(n, limit_[std::min(r + NR, R) - 1] - at);
         if (seen > 0) block(r, seen, at);
@@ -64,15 +62,16 @@ class MatrixAttention {
 
  private:
   // Keys as left operands (AMX) or as rows at a distance of LDK dwords, values as right operands; token by token, for
-  // memory is read in that order, and further tokens are fetched meanwhile.
+  // memory is read in that order, and further tokens are fetched meanwhile. Fetching the next block between the
+  // products of this one costs them more than it saves: 1.35 times the time of a shared prefix.
   void pack(int64_t at, int n) {
     const char* const* key = keys_.data() + at;
-    const int64_t panel = dwords<Op>(KEYS);
+    const int64_t bytes = p.D * size_of(DTYPE), panel = dwords<Op>(KEYS);
     const int padded = (int)round_up(n, P * Op::K_STEP);
     for (int j = 0; j < padded; j += P) {
       Dwords<Op> pair[P];
       for (int i = 0; i < P && j + i < n; i++) {
-        fetch(at + j + i + AHEAD);
+        prefetch_row(key[j + i + AHEAD], bytes), prefetch_row(key[j + i + AHEAD] + value_, bytes);
         pack_key(key[j + i], j + i);
       }
       for (int64_t d = 0; d < p.D; d += P == 1 ? W : NR) {
@@ -95,14 +94,6 @@ class MatrixAttention {
       }
     }
   }
-  // Has all tokens before `end` on their way into L2.
-  void fetch(int64_t end) {
-    const int64_t bytes = p.D * size_of(DTYPE);
-    for (; fetched_ < end; fetched_++)
-      prefetch_row(keys_[fetched_], bytes), prefetch_row(keys_[fetched_] + value_, bytes);
-  }
-  // Called with every product: the next block comes from memory while this one is multiplied.
-  void fetch_on() { fetch(std::min(fetched_ + fetch_step_, fetch_end_)); }
   void pack_key(const char* key, int j) {
     for (int64_t d = 0; d < p.D; d += P * W) {
       const Dwords<Op> x = load_dwords<Op>(DTYPE, key, d, p.D - d);
@@ -118,11 +109,9 @@ class MatrixAttention {
     const bool fresh = !(fresh_ >> r / NR & 1);
     fresh_ |= uint64_t(1) << r / NR;
     const int padded = (int)round_up(n, P * Op::K_STEP);
-    for (int j = 0; j < n; j += MR) {
-      fetch_on();
+    for (int j = 0; j < n; j += MR)
       gemm_tile<Op, LDK, 1>(Op::TILES ? MR : std::min(MR, n - j), Kd_, k_ + (Op::TILES ? j * Kd_ : j * LDK),
                             q_ + r * Kd_, x_ + j * NR, NR, NR, false);
-    }
     alignas(64) float keep[NR];
     for (int h = 0; h < NR; h += W) softmax(r + h, h, n, padded, at, keep + h);
     if (!fresh)
@@ -134,7 +123,6 @@ class MatrixAttention {
     const float* e = pack_weights(padded);
     const int64_t kd = dwords<Op>(n);
     for (int64_t d = 0; d < p.D; d += NR) {
-      fetch_on();
       float* o = o_ + r * ldo_ + d;
       const float* v = v_ + d * dwords<Op>(KEYS);
       for (int i = 0; i < NR; i += MR)
@@ -211,7 +199,7 @@ class MatrixAttention {
   uint64_t fresh_ = 0;  // panels of rows that have seen a key
   alignas(64) float limit_[ROWS], maximum_[ROWS], sum_[ROWS];
   std::vector<const char*> keys_;
-  int64_t value_ = 0, fetched_ = 0, fetch_step_ = 0, fetch_end_ = 0;
+  int64_t value_ = 0;
 };
 
 }  // namespace limber
