@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
-import json
 import os
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ from limber_fast.training.checkpoint import LIMBER, CheckpointError, load_checkp
 from limber_fast.training.interrupt import EXIT_CODE
 from limber_fast.training.limber import LimberTrainer
 from limber_fast.training.limber_config import LimberTrainConfig, from_flags
-from limber_fast.training.limber_data import EmojiPairs, Features, FilePairs, Pairs, cached_features
+from limber_fast.training.limber_data import EmojiPairs, Features, FilePairs, Pairs, cached_features, features_key
 
 FAILED = 1
 
@@ -62,7 +61,8 @@ def main(args: argparse.Namespace, console: Console) -> int:
 
             done = trainer.run(folder, watch)
         if trainer.skipped and not rank:
-            console.print(f"{len(trainer.skipped)} pictures could not be read, the first: {trainer.skipped[0]}")
+            first = next(iter(trainer.skipped.values()))
+            console.print(f"{len(trainer.skipped)} pictures could not be read, the first: {first}")
         if not done:
             console.print(f"stopped at step {trainer.step}; {checkpoint} is whole: go on with --resume")
             return EXIT_CODE
@@ -78,7 +78,10 @@ def processes() -> Iterator[tuple[int, int]]:
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         yield (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         return
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    # The others wait while the first one encodes: hours, for millions of pictures.
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=2))
     try:
         yield dist.get_rank(), dist.get_world_size()
     finally:
@@ -88,12 +91,14 @@ def processes() -> Iterator[tuple[int, int]]:
 def build(config: LimberTrainConfig) -> Limber:
     """Encoder, language model, tokenizer, and a map whose first weights come from the seed."""
     transformers = needed("transformers", "train-limber")
-    language_model = GPTJ.from_pretrained(config.language_model)
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    language_model = GPTJ.from_pretrained(config.language_model, device=device)
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.tokenizer or config.language_model)
     weights = {"": True, "random": None}.get(config.encoder_weights, config.encoder_weights)
     encoder = make_encoder(config.encoder, weights=weights, seed=config.seed)
     torch.manual_seed(config.seed)
-    return Limber(encoder, language_model, tokenizer, dropout=config.dropout, layer_norm=config.layer_norm)
+    limber = Limber(encoder, language_model, tokenizer, dropout=config.dropout, layer_norm=config.layer_norm)
+    return limber.to(device)
 
 
 def pairs_of(config: LimberTrainConfig) -> Pairs:
@@ -110,8 +115,7 @@ def _features(
     """The cache, made by the first process while the others wait."""
     if config.tuned or not config.cache_features:
         return None
-    facts = [config.encoder, config.encoder_weights, config.seed, config.data, len(pairs)]
-    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    key = features_key(limber, pairs)
     if rank:
         dist.barrier()
         return cached_features(limber, pairs, folder, key)
@@ -132,12 +136,13 @@ def dry_run(limber: Limber, pairs: Pairs, config: LimberTrainConfig, world: int,
     limber.train()
     trainer.micro_loss(range(1))  # the first call pays for what later ones reuse
     started = time.perf_counter()
-    loss = trainer.micro_loss(range(config.micro_batch))
-    if loss is not None:
-        loss.backward()
-    seconds = time.perf_counter() - started
     share = -(-config.batch_size // world)
-    micros = -(-share // config.micro_batch)
+    micro = min(config.micro_batch, share)
+    found = trainer.micro_loss(range(micro))
+    if found is not None:
+        found[0].backward()
+    seconds = time.perf_counter() - started
+    micros = -(-share // micro)
     trained = sum(p.numel() for p in trainer.parameters)
     frozen = sum(x.numel() * x.element_size() for x in gptj.buffers())
     cache = 2 * len(pairs) * encoder.tokens * encoder.width
@@ -146,7 +151,7 @@ def dry_run(limber: Limber, pairs: Pairs, config: LimberTrainConfig, world: int,
         ("trained", f"{trained / 1e6:.2f} M parameters, {16 * trained / 2**20:.1f} MiB with gradients and optimizer"),
         ("language model", f"{frozen / 2**20:.0f} MiB"),
         ("features on disk", f"{cache / 2**20:.0f} MiB" if config.cache_features and not config.tuned else "not kept"),
-        ("batch", f"{config.batch_size} = {world} x {micros} x {config.micro_batch} pictures"),
+        ("batch", f"{config.batch_size} = {world} x {micros} x {micro} pictures"),
         ("a step", f"{micros * seconds:.1f} s, with the encoder's time"),
         (f"{config.steps} steps", f"{config.steps * micros * seconds / 3600:.1f} h"),
     ]

@@ -66,14 +66,31 @@ def model_dtype(op: str, dtype: Any) -> None:
         raise invalid(op, "dtype", "be torch.bfloat16, float16, float32 or float64", repr(dtype), kind=TypeError)
 
 
-def live_prefix(op: str, prefix: Any, kind: type, dtype: torch.dtype) -> None:
+def texts(op: str, name: str, found: Any) -> list:
+    """Several texts, or lists of token ids, as a list: one text alone would be taken for its letters."""
+    if isinstance(found, str) or not hasattr(found, "__iter__"):
+        raise invalid(op, name, "be a list of texts", kind_of(found), "put it into a list", kind=TypeError)
+    return list(found)
+
+
+def pictures(op: str, found: Any) -> None:
+    if not isinstance(found, list):
+        remedy = "put it into a list"
+        raise invalid(op, "images", "be a list of pictures or a tensor", kind_of(found), remedy, kind=TypeError)
+    if not found:
+        raise invalid(op, "images", "be at least one", "none")
+    for x in found:
+        if not hasattr(x, "convert"):
+            raise invalid(op, "images", "be PIL images", kind_of(x), "PIL.Image.open(path)", kind=TypeError)
+
+
+def live_prefix(op: str, prefix: Any, kind: type, model: Any) -> None:
     if not isinstance(prefix, kind):
         raise invalid(op, "prefix", "be made by GPTJ.prefix", kind_of(prefix), kind=TypeError)
     if not prefix.length:
         raise invalid(op, "prefix", "be in use", "one that was released", "make it anew")
-    found = prefix.cache.pool.storage.dtype
-    if found != dtype:
-        raise invalid(op, "prefix", f"be of the model's {dtype}", str(found), "make it with this model", kind=TypeError)
+    if prefix.model is not model:
+        raise invalid(op, "prefix", "be of this model", "one of another", "make it with this model's prefix()")
 
 
 def fits_cache(op: str, batch: int, lengths: list[int]) -> None:

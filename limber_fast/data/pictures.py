@@ -28,6 +28,20 @@ class Broken:
     reason: str
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8 bits RGB of a picture in any mode: what is transparent is white, 16-bit and floating-point grey are scaled."""
+    if image.mode.startswith("I") or image.mode == "F":
+        import numpy as np
+
+        values = np.asarray(image, np.float32)
+        high = 65535.0 if image.mode.startswith("I") else max(float(values.max(initial=0.0)), 1e-12)
+        image = Image.fromarray((values.clip(0, high) * (255 / high)).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
 def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Image | Broken:
     """The image in RGB, every pixel decoded, or what is wrong with it.
 
@@ -37,7 +51,7 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
     name = str(source) if name is None else name
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return image.convert("RGB")
+            return to_rgb(image)
     except _BROKEN as error:
         named = {FileNotFoundError: "no such file", PIL.UnidentifiedImageError: "not an image"}
         return Broken(name, named.get(type(error)) or str(error) or type(error).__name__)

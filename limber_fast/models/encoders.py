@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from limber_fast import checks
+from limber_fast.files import fill, load_state
 from limber_fast.optional import needed
 
 _OP = "encoder"
@@ -40,7 +41,7 @@ class ImageEncoder(nn.Module):
     """A picture encoder cut where LiMBeR takes its features.
 
     Attributes:
-        name: what `encoder` made it by. tokens: k. width: D. size: (H, W) that `preprocess` gives.
+        name, weights, seed: what `encoder` made it by. tokens: k. width: D. size: (H, W) that `preprocess` gives.
         preprocess: PIL image -> [3, H, W] fp32.
     """
 
@@ -50,6 +51,7 @@ class ImageEncoder(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.name, self.trunk, self._take, self.preprocess = name, trunk, take, preprocess
+        self.weights, self.seed = None, 0
         self.size = (size, size) if isinstance(size, int) else tuple(size)
         self.requires_grad_(False).eval()
         with torch.no_grad():
@@ -82,8 +84,9 @@ def encoder(name: str, *, weights: str | os.PathLike[str] | bool | None = True, 
             pre-training; 'open_clip:MODEL' and 'timm:MODEL' for any model of those libraries (the grid of a
             convolutional one, the patches of a transformer); 'demo:CHECKPOINT' for the CLIP of `limber-fast demo`,
             whose 2 x 2 grid is taken.
-        weights: True for the pre-trained ones, which the libraries download; a tag of theirs, or a file of a state dict
-            (read with weights_only); False or None for random ones.
+        weights: True for the pre-trained ones, which the libraries download (of an open_clip model, if it has one set);
+            a tag of theirs for open_clip:MODEL, timm's are part of the name: timm:MODEL.TAG; a file of a state dict
+            (safetensors, or read with weights_only); False or None for random ones.
         seed: of random weights.
 
     Raises: ValueError for an unknown name. ImportError with the command that installs what is missing.
@@ -97,28 +100,36 @@ def encoder(name: str, *, weights: str | os.PathLike[str] | bool | None = True, 
         raise checks.invalid(_OP, "name", f"be one of {known}", repr(name))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return makers[kind](name, model, chosen or None)
+        found = makers[kind](name, model, chosen or None)
+    found.weights, found.seed = weights if isinstance(weights, bool) or weights is None else str(weights), seed
+    return found
 
 
-def _is_file(weights: Any) -> bool:
-    return isinstance(weights, os.PathLike) or (isinstance(weights, str) and Path(weights).is_file())
-
-
-def _load(trunk: nn.Module, path: str | os.PathLike[str]) -> None:
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    found = trunk.load_state_dict(state, strict=False)
-    if missing := found.missing_keys:
-        raise checks.invalid(_OP, f"{path}", f"hold {missing[0]!r}", f"{len(state)} other tensors")
+def _load(trunk: nn.Module, weights: Any) -> nn.Module:
+    """Random weights for None, else those of a file."""
+    if weights is not None:
+        fill(trunk, load_state(weights), str(weights))
+    return trunk
 
 
 def _open_clip(name: str, model: str, weights: Any) -> ImageEncoder:
     open_clip = needed("open_clip", f"encoder {name!r}")
     if open_clip.get_model_config(model) is None:
         raise checks.invalid(_OP, "name", "be a model of open_clip.list_models()", repr(model))
-    found = open_clip.create_model(model, pretrained=None if weights in (None, True) else str(weights)).eval()
-    visual = found.visual
-    size = visual.image_size
-    preprocess = open_clip.image_transform(size, is_train=False, mean=visual.image_mean, std=visual.image_std)
+    if weights is True:
+        tags = open_clip.list_pretrained_tags_by_model(model)
+        if len(tags) != 1:
+            raise checks.invalid(_OP, "weights", f"be one of {', '.join(tags) or 'a file, or None'}", "True")
+        weights = tags[0]
+    elif weights is not None and not Path(weights).is_file() and weights not in (
+        tags := open_clip.list_pretrained_tags_by_model(model)
+    ):
+        raise checks.invalid(_OP, "weights", f"be a file or one of {', '.join(tags)}", repr(weights))
+    found = open_clip.create_model(model, pretrained=None if weights is None else str(weights)).eval()
+    visual, size = found.visual, found.visual.image_size
+    preprocess = open_clip.transform.image_transform_v2(
+        open_clip.transform.PreprocessCfg(**visual.preprocess_cfg), is_train=False
+    )
     if hasattr(visual, "attnpool"):  # open_clip's ModifiedResNet
         visual.attnpool = nn.Identity()
         take = _grid
@@ -137,12 +148,16 @@ def _timm(name: str, model: str, weights: Any) -> ImageEncoder:
     timm = needed("timm", f"encoder {name!r}")
     if not timm.is_model(model.partition(".")[0]):
         raise checks.invalid(_OP, "name", "be a model of timm.list_models()", repr(model))
-    trunk = timm.create_model(model, pretrained=weights is True, num_classes=0)
-    if _is_file(weights):
-        _load(trunk, weights)
+    trunk = _of_timm(timm, model, weights)
     data = timm.data.resolve_model_data_config(trunk)
     transform = timm.data.create_transform(**data, is_training=False)
     return ImageEncoder(name, trunk, _timm_features, lambda image: transform(_rgb(image)), data["input_size"][1:])
+
+
+def _of_timm(timm: Any, model: str, weights: Any) -> nn.Module:
+    if weights is True:
+        return timm.create_model(model, pretrained=True, num_classes=0)
+    return _load(timm.create_model(model, num_classes=0), weights)
 
 
 def _timm_features(trunk: nn.Module, images: Tensor) -> Tensor:
@@ -154,11 +169,10 @@ def _timm_features(trunk: nn.Module, images: Tensor) -> Tensor:
 
 def _beit(name: str, _: str, weights: Any) -> ImageEncoder:
     transformers, transforms = needed("transformers", f"encoder {name!r}"), needed("torchvision.transforms", name)
-    if weights is None or _is_file(weights):
+    if weights is None or Path(weights).is_file():
         trunk = transformers.BeitModel(transformers.BeitConfig(**_BEIT_LARGE), add_pooling_layer=False)
-        if weights is not None:
-            _load(trunk, weights)
-    else:
+        _load(trunk, weights)
+    else:  # a name of the hub, or a folder
         trunk = transformers.BeitModel.from_pretrained(weights, add_pooling_layer=False)
     size, half = trunk.config.image_size, (0.5, 0.5, 0.5)
     bilinear = transforms.InterpolationMode.BILINEAR
@@ -170,9 +184,7 @@ def _beit(name: str, _: str, weights: Any) -> ImageEncoder:
 
 def _nfrn50(name: str, _: str, weights: Any) -> ImageEncoder:
     timm, transforms = needed("timm", f"encoder {name!r}"), needed("torchvision.transforms", name)
-    trunk = timm.create_model("nf_resnet50", pretrained=weights is True, num_classes=0)
-    if _is_file(weights):
-        _load(trunk, weights)
+    trunk = _of_timm(timm, "nf_resnet50", weights)
     preprocess = transforms.Compose([_rgb, transforms.CenterCrop(384), transforms.ToTensor()])  # smaller ones: zeros
     return ImageEncoder(name, trunk, lambda trunk, images: trunk.forward_features(images).mean((2, 3)), preprocess, 384)
 
@@ -181,6 +193,8 @@ def _demo(name: str, checkpoint: str, weights: Any) -> ImageEncoder:
     from limber_fast.demo import load_model
     from limber_fast.models.clip import SmallResNet
 
+    if weights not in (None, True):
+        raise checks.invalid(_OP, "weights", "be True or None with demo:CHECKPOINT", repr(weights))
     model, _ = load_model(Path(checkpoint))
     visual = model.visual
     if weights is None:
@@ -189,19 +203,16 @@ def _demo(name: str, checkpoint: str, weights: Any) -> ImageEncoder:
 
 
 def _rgb(image: Any) -> Any:
-    return image.convert("RGB")
+    from limber_fast.data.pictures import to_rgb  # Pillow, which only those need who have pictures
+
+    return to_rgb(image)
 
 
 def small_pixels(image: Any) -> Tensor:
-    """A picture as the demo's CLIP takes it: 32 x 32, channels in [0, 1], transparency on white."""
+    """A picture as the demo's CLIP takes it: 32 x 32, channels in [0, 1]."""
     import numpy as np
-    from PIL import Image
 
-    if image.mode in ("RGBA", "LA", "P"):
-        image = image.convert("RGBA")
-        ground = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(ground, image)
-    pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+    pixels = torch.from_numpy(np.array(_rgb(image))).permute(2, 0, 1).float() / 255
     if pixels.shape[1:] != (32, 32):
         pixels = F.interpolate(pixels[None], (32, 32), mode="area")[0]
     return pixels

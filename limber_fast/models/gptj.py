@@ -146,7 +146,7 @@ class GPTJ(FrozenGPTJ):
         pages = 64 * PAGE_SIZE  # of prompts that end within a page
         cache = KVCache.for_tokens(self.config, [lengths[0] + room + pages], self.dtype, self.device)
         self.hidden_states(x, lengths, cache=cache)
-        return Prefix(cache)
+        return Prefix(cache, self)
 
     def generate(
         self,
@@ -200,7 +200,7 @@ class GPTJ(FrozenGPTJ):
         with torch.no_grad():
             x, lengths = gptj_generate.packed_prompts(self, input_ids, inputs_embeds, attention_mask, tokenizer)
         if prefix is not None:
-            checks.live_prefix(f"{_OP}.generate", prefix, Prefix, self.dtype)
+            checks.live_prefix(f"{_OP}.generate", prefix, Prefix, self)
         before = 0 if prefix is None else prefix.length
         gptj_generate.check_room(lengths, max_new_tokens, self.config.n_positions, before)
         seed = int(torch.randint(2**62, ())) if seed is None else seed

@@ -139,11 +139,11 @@ class Prefix:
     A context manager: its memory is given back at the end.
 
     Attributes:
-        cache: of one sequence. length: its tokens. dtype: of keys and values.
+        cache: of one sequence. length: its tokens. model: whose keys and values they are.
     """
 
-    def __init__(self, cache: KVCache) -> None:
-        self.cache = cache
+    def __init__(self, cache: KVCache, model: Any) -> None:
+        self.cache, self.model = cache, model
 
     @property
     def length(self) -> int:

@@ -78,12 +78,17 @@ class Limber(nn.Module):
         """Features [n, k, D] of pictures (PIL images, or preprocessed [n, 3, H, W]); a tensor of rank 3 is features
         already and passes through."""
         if isinstance(images, Tensor) and images.ndim == 3:
+            if images.shape[2] != self.projection.in_features:
+                contract = f"be pictures, or features [n, k, {self.projection.in_features}]"
+                raise checks.invalid(_OP, "images", contract, checks.shape_of(images))
             return images
         if self.encoder is None:
             contract = "be features [n, k, D] where there is no encoder"
             raise checks.invalid(_OP, "images", contract, checks.kind_of(images))
         tuned = self.training and any(p.requires_grad for p in self.encoder.parameters())
         with torch.set_grad_enabled(tuned and torch.is_grad_enabled()):
+            if not isinstance(images, Tensor):
+                checks.pictures(_OP, images := list(images) if hasattr(images, "__iter__") else images)
             return self.encoder(self.encoder.pixels(images))
 
     def inputs_embeds(self, features: Tensor, prompts: Sequence[Sequence[Part]]) -> tuple[Tensor, list[int]]:
@@ -118,18 +123,30 @@ class Limber(nn.Module):
             images: n pictures or their features. captions: n texts, or token ids.
             seed: of the dropout; by default from torch's generator.
 
+        A caption that does not fit into the language model's context is cut off.
+
         Returns: 0-d fp32; gradients reach the projection, the LayerNorm and an encoder that is not frozen.
         """
+        return self.loss(images, captions, seed=seed)[0]
+
+    def loss(
+        self, images: Images, captions: Sequence[str | Sequence[int]], *, seed: int | None = None
+    ) -> tuple[Tensor, int]:
+        """What `forward` gives, and the number of tokens that it is the mean of."""
+        captions = checks.texts(_OP, "captions", captions)
         features = self.encode(images)
         if len(features) != len(captions):
             raise checks.invalid(_OP, "captions", f"be {len(features)}, one for each picture", str(len(captions)))
-        end = self.language_model.config.eos_token_ids[:1]
-        texts = [[*(self._tokens(c) if isinstance(c, str) else c), *end] for c in captions]
+        config = self.language_model.config
+        end = config.eos_token_ids[:1]
+        room = config.n_positions - features.shape[1] - len(end)
+        texts = [[*(self._tokens(c) if isinstance(c, str) else list(c))[:room], *end] for c in captions]
         ids = [self.token_ids([IMAGE, text], features.shape[1]) for text in texts]
         x = self._embed(features, torch.cat(ids), self.dropout if self.training else 0.0, seed)
         hidden = self.language_model.hidden_states(x, [len(row) for row in ids])
         following = torch.cat([F.pad(row[1:], (0, 1), value=IGNORE_INDEX) for row in ids])
-        return self.language_model.loss(hidden, following.masked_fill(following == self.image_token_id, IGNORE_INDEX))
+        labels = following.masked_fill(following == self.image_token_id, IGNORE_INDEX)
+        return self.language_model.loss(hidden, labels), int((labels != IGNORE_INDEX).sum())
 
     def caption(
         self, images: Images, prompt: str = "A picture of", *, decoding: str = "greedy", max_new_tokens: int = 100,
@@ -142,6 +159,8 @@ class Limber(nn.Module):
             decoding: a name in `DECODING`: 'greedy', or 'limber' for the paper's near-greedy sampler.
             max_new_tokens, seed, on_token, options: of `GPTJ.generate`; options outrank `decoding`.
         """
+        if not isinstance(images, Tensor) and hasattr(images, "__len__") and not len(images):
+            return []
         features = self.encode(images)
         prompts = [[IMAGE, *([prompt] if prompt else [])]] * len(features)
         return self._say(features, prompts, decoding, max_new_tokens, seed=seed, on_token=on_token, **options)
@@ -152,17 +171,17 @@ class Limber(nn.Module):
 
         Args: as in `answer`; room: of `GPTJ.prefix`.
         """
-        if not shots:
+        if not len(shots):
             raise checks.invalid(f"{_OP}.prefix", "shots", "be at least one", "none")
-        shown = [picture for picture, _, _ in shots]
-        ready = all(isinstance(x, Tensor) for x in shown)
+        shots = list(shots)
+        ready = [self.encode(x[None] if isinstance(x, Tensor) else [x]) for x, _, _ in shots]
         parts = [part for _, q, a in shots for part in (IMAGE, f"Q: {q} A: {a}{separator}")]
-        rows, _ = self.inputs_embeds(self.encode(torch.stack(shown) if ready else shown), [parts])
+        rows, _ = self.inputs_embeds(torch.cat(ready), [parts])
         return self.language_model.prefix(inputs_embeds=rows, room=room)
 
     def answer(
         self, images: Images, questions: Sequence[str], shots: Sequence[Shot] = (), *, prefix: Prefix | None = None,
-        decoding: str = "greedy", max_new_tokens: int = 10, separator: str = "\n", **options: Any,
+        decoding: str = "greedy", max_new_tokens: int = 10, separator: str = "\n", seed: int | None = 0, **options: Any,
     ) -> list[str]:  # fmt: skip
         """Answers to one question for each picture: ``[picture] Q: question A:`` behind the shots.
 
@@ -172,8 +191,9 @@ class Limber(nn.Module):
                 are computed once, and every question goes on from there.
             prefix: of `self.prefix(shots)`, in the place of shots, where more calls follow.
             separator: behind each shot; what ends an answer too (LiMBeR published neither).
-            decoding, max_new_tokens, options: as in `caption`.
+            decoding, max_new_tokens, seed, options: as in `caption`.
         """
+        questions, shots, options = checks.texts(_OP, "questions", questions), list(shots), {"seed": seed, **options}
         features = self.encode(images)
         if len(features) != len(questions):
             raise checks.invalid(_OP, "questions", f"be {len(features)}, one for each picture", str(len(questions)))
@@ -184,8 +204,9 @@ class Limber(nn.Module):
             options["stop_strings"] = separator
         if not shots:
             return self._say(features, prompts, decoding, max_new_tokens, prefix=prefix, **options)
-        longest = max(len(prompt[1]) for prompt in prompts) + features.shape[1] + max_new_tokens  # a token has a letter
-        with self.prefix(shots, separator=separator, room=len(prompts) * (longest + PAGE_SIZE)) as prefix:
+        tokens = sum(len(self.token_ids(prompt, features.shape[1])) for prompt in prompts)
+        room = max(1, tokens + len(prompts) * (max_new_tokens + PAGE_SIZE))
+        with self.prefix(shots, separator=separator, room=room) as prefix:
             return self._say(features, prompts, decoding, max_new_tokens, prefix=prefix, **options)
 
     def _say(
@@ -194,6 +215,8 @@ class Limber(nn.Module):
         checks.choice(_OP, "decoding", decoding, tuple(DECODING))
         if self.tokenizer is None:
             raise checks.invalid(_OP, "tokenizer", "be given where texts are wanted", "None")
+        if not prompts:
+            return []
         with torch.no_grad():
             rows, lengths = self.inputs_embeds(features, prompts)
         found = self.language_model.generate(
@@ -217,7 +240,7 @@ class Limber(nn.Module):
     def _tokens(self, text: str) -> list[int]:
         if self.tokenizer is None:
             raise checks.invalid(_OP, "tokenizer", "be given with texts", "None")
-        return list(self.tokenizer(text).input_ids)
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)  # some open or close every text
 
     def load_projection(self, path: str | os.PathLike[str]) -> Limber:
         """P and b from LiMBeR's proj.ckpt (exactly the keys weight and bias), read with weights_only."""

@@ -25,7 +25,8 @@ SMALL_CLIP = Layout(
                "images", "image_seconds", "history"}),
 )  # fmt: skip
 LIMBER = Layout(
-    "limber_fast.limber_training/1", frozenset({"config", "parameters", "optimizer", "step", "seconds", "history"})
+    "limber_fast.limber_training/1",
+    frozenset({"config", "processes", "parameters", "encoder", "optimizer", "step", "seconds", "history"}),
 )
 
 CLIP = Layout("limber_fast.clip_training/1", frozenset({"config", "model", "optimizer", "step", "seconds", "history"}))

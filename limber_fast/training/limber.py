@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -29,9 +30,10 @@ def linear_decay(step: int, warmup: int, steps: int) -> float:
 class LimberTrainer:
     """Trains a Limber's projection (with its LayerNorm, and a tuned encoder) on pairs of pictures and captions.
 
-    What a step does is a function of its number: pictures, captions and dropout come from (seed, position), whichever
-    process computes them, so a run that was stopped goes on bit for bit. Every process takes its share of a batch, and
-    gradients are averaged over processes (gloo or nccl, as `torch.distributed` was set up).
+    What a step does is a function of its number, of micro_batch and of the number of processes: pictures, captions and
+    dropout come from (seed, position), so a run that was stopped goes on bit for bit. Every process takes its share of
+    a batch; the loss is the mean over all caption tokens of the batch, whichever process and micro-batch they are in
+    (LiMBeR's own engine takes the mean of micro-batches' means), and gradients are that loss's.
 
     Args:
         features: of a frozen encoder, where they were cached; else the encoder runs in every step.
@@ -41,7 +43,8 @@ class LimberTrainer:
         self.limber, self.pairs, self.config, self.features = limber, pairs, config, features
         self.rows: Sequence[int] = range(len(pairs)) if features is None else features.rows
         self.step, self.seconds, self.history = 0, 0.0, History(columns=LIMBER_COLUMNS)
-        self.skipped: list[str] = []
+        self.skipped: dict[int, str] = {}
+        self.stop_wanted = self.stopped = False
         if limber.encoder is not None:
             limber.encoder.requires_grad_(config.tuned)
         groups = [{"params": self.trained_of(limber), "lr": config.learning_rate}]
@@ -75,8 +78,8 @@ class LimberTrainer:
         captions = self.pairs.captions(self.rows[index])
         return index, random.Random(f"{self.config.seed} caption {position}").choice(captions)
 
-    def micro_loss(self, positions: Sequence[int]) -> Tensor | None:
-        """Mean cross entropy of a micro-batch; None where no picture of it could be read."""
+    def micro_loss(self, positions: Sequence[int]) -> tuple[Tensor, int] | None:
+        """Mean cross entropy of a micro-batch and its number of tokens; None where no picture of it could be read."""
         drawn = [self.draw(position) for position in positions]
         if self.features is not None:
             images, captions = self.features.values[[index for index, _ in drawn]], [text for _, text in drawn]
@@ -86,40 +89,58 @@ class LimberTrainer:
             if not images:
                 return None
         seed = random.Random(f"{self.config.seed} dropout {positions[0]}").getrandbits(62)
-        return self.limber(images, captions, seed=seed)
+        if not self.config.tuned:
+            return self.limber.loss(images, captions, seed=seed)
+        with torch.random.fork_rng():  # an encoder in training may draw for itself
+            torch.manual_seed(seed)
+            return self.limber.loss(images, captions, seed=seed)
 
     def train_step(self) -> dict[str, float]:
-        """Gradients of a batch, averaged over its pictures' micro-batches and over processes, and one AdamW step."""
+        """Gradients of a batch and one AdamW step.
+
+        Raises: RuntimeError where no picture of the batch could be read, or the loss is not finite; nothing has moved.
+        """
         config, positions = self.config, self.positions(self.step)
         total, tokens = 0.0, 0
         self.optimizer.zero_grad()
         for start in range(0, len(positions), config.micro_batch):
-            micro = positions[start : start + config.micro_batch]
-            loss = self.micro_loss(micro)
-            if loss is not None:
-                share = len(micro) / len(positions)
-                (loss * share).backward()
-                total, tokens = total + loss.item() * share, tokens + len(micro)
-        total = self._average(total)
-        norm = nn.utils.clip_grad_norm_(self.parameters, config.grad_clip)
+            found = self.micro_loss(positions[start : start + config.micro_batch])
+            if found is not None:
+                loss, count = found
+                (loss * count).backward()
+                total, tokens = total + loss.item() * count, tokens + count
+        total, tokens = self._add_up(total, tokens)
+        if not tokens:
+            raise RuntimeError(f"train-limber: step {self.step + 1}: none of its pictures could be read")
+        if not math.isfinite(total):
+            raise RuntimeError(f"train-limber: step {self.step + 1}: the loss is {total}; the last checkpoint is whole")
+        for p in self.parameters:
+            if p.grad is not None:
+                p.grad /= tokens
+        norm = nn.utils.clip_grad_norm_(self.parameters, config.grad_clip or math.inf)
         factor = linear_decay(self.step, config.warmup, config.steps)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = factor * rate
         self.optimizer.step()
         self.step += 1
-        return {"loss": total, "grad_norm": float(norm), "learning_rate": factor * config.learning_rate}
+        rate = factor * config.learning_rate
+        return {"loss": total / tokens, "grad_norm": float(norm), "learning_rate": rate}
 
-    def _average(self, loss: float) -> float:
-        """The loss over all processes; gradients are averaged in place, in one flat exchange."""
+    def _add_up(self, loss: float, tokens: int) -> tuple[float, int]:
+        """Sums over all processes: of the gradients in place, of loss and tokens, and of the wish to stop, so that all
+        stop behind the same step; in one flat exchange."""
         if not dist.is_initialized() or dist.get_world_size() == 1:
-            return loss
+            self.stopped = self.stop_wanted
+            return loss, tokens
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        flat = torch.cat([x.flatten().float() for x in gradients] + [torch.tensor([loss], device=gradients[0].device)])
+        numbers = torch.tensor([loss, tokens, float(self.stop_wanted)], device=gradients[0].device)
+        flat = torch.cat([*(x.flatten().float() for x in gradients), numbers])
         dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        for p, average in zip(self.parameters, flat[:-1].split([x.numel() for x in gradients]), strict=True):
-            p.grad = average.view_as(p).to(p.dtype)
-        return float(flat[-1])
+        for p, summed in zip(self.parameters, flat[:-3].split([x.numel() for x in gradients]), strict=True):
+            p.grad = summed.view_as(p).to(p.dtype)
+        loss, tokens, stop = flat[-3:].tolist()
+        self.stopped = stop > 0
+        return loss, round(tokens)
 
     def run(self, folder: Path, watch: Watch = lambda step, values: None) -> bool:
         """Train to the last step or to Ctrl-C; `checkpoint.pt` and `train.csv` in `folder` are then up to date.
@@ -128,8 +149,8 @@ class LimberTrainer:
         """
         self.limber.train()
         with InterruptGuard() as guard:
-            while self.step < self.config.steps and not guard.requested:
-                started = time.perf_counter()
+            while self.step < self.config.steps and not self.stopped:
+                started, self.stop_wanted = time.perf_counter(), guard.requested
                 values = self.train_step()
                 self.seconds += time.perf_counter() - started
                 self.history.add(self.step, self.seconds, self.step / self.config.steps, values)
@@ -147,7 +168,9 @@ class LimberTrainer:
             return
         state = {
             "config": self.config.to_dict(),
-            "parameters": [p.detach().cpu() for p in self.parameters],
+            "processes": dist.get_world_size() if dist.is_initialized() else 1,
+            "parameters": [p.detach().cpu() for p in self.trained_of(self.limber)],
+            "encoder": self.limber.encoder.trunk.state_dict() if self.config.tuned else {},
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
@@ -165,9 +188,18 @@ class LimberTrainer:
         for name in sorted(ours):
             if name not in ("output", "save_every", "tensorboard") and ours[name] != theirs.get(name):
                 raise ValueError(f"restore: {name} was {theirs.get(name)!r} in the checkpoint; got {ours[name]!r}")
+        processes = dist.get_world_size() if dist.is_initialized() else 1
+        if processes != state["processes"]:
+            raise ValueError(f"restore: {state['processes']} processes made the checkpoint; got {processes}")
+        ours, theirs = self.trained_of(self.limber), state["parameters"]
+        if [p.shape for p in ours] != [p.shape for p in theirs]:
+            shapes = [[tuple(p.shape) for p in found] for found in (theirs, ours)]
+            raise ValueError(f"restore: the checkpoint trains {shapes[0]}; the models at hand need {shapes[1]}")
         with torch.no_grad():
-            for p, saved in zip(self.parameters, state["parameters"], strict=True):
+            for p, saved in zip(ours, theirs, strict=True):
                 p.copy_(saved)
+        if self.config.tuned:
+            self.limber.encoder.trunk.load_state_dict(state["encoder"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
         self.history = History(state["history"], columns=LIMBER_COLUMNS)

@@ -28,7 +28,7 @@ class LimberTrainConfig:
         steps, batch_size: optimiser steps, and pictures in each, over all processes.
         micro_batch: pictures in one forward pass of one process; gradients add up to a batch.
         learning_rate, warmup, beta1, beta2, weight_decay, grad_clip: AdamW; the rate rises over `warmup` steps and
-            falls linearly to 0 at `steps`.
+            falls linearly to 0 at `steps`; grad_clip 0 clips nothing.
         encoder_learning_rate: above 0 the encoder is tuned at this rate (2e-6 for 'NFRN50 tuned').
         dropout, layer_norm: of the soft prompts; layer_norm as in MAGMA.
         cache_features: run a frozen encoder once over all pictures and keep the features in a file of `output`.
@@ -57,7 +57,7 @@ class LimberTrainConfig:
     encoder_learning_rate: float = 0.0
     dropout: float = 0.1
     layer_norm: bool = False
-    cache_features: bool = True
+    cache_features: bool = False
     save_every: int = 100
     seed: int = 0
     tensorboard: bool = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import warnings
@@ -19,6 +21,7 @@ from limber_fast import checks
 from limber_fast.data.captions import CaptionedImage
 from limber_fast.data.emoji import EmojiDataset, concepts
 from limber_fast.data.pictures import Broken, open_image
+from limber_fast.files import replace
 from limber_fast.models.limber import Limber
 
 _AT_ONCE = 32
@@ -30,6 +33,8 @@ class Pairs(Protocol):
     def __len__(self) -> int: ...
     def image(self, index: int) -> Image | Broken: ...
     def captions(self, index: int) -> Sequence[str]: ...
+    def key(self) -> str:
+        """Differs where the pictures do."""
 
 
 class EmojiPairs:
@@ -47,6 +52,9 @@ class EmojiPairs:
 
     def captions(self, index: int) -> Sequence[str]:
         return self._known[int(self.dataset.concept[index])].names
+
+    def key(self) -> str:
+        return hashlib.sha256(self.dataset.images.tobytes()).hexdigest()
 
 
 class FilePairs:
@@ -66,6 +74,13 @@ class FilePairs:
     def captions(self, index: int) -> Sequence[str]:
         return self.records[index].captions
 
+    def key(self) -> str:
+        digest = hashlib.sha256()
+        for record in self.records:
+            found = record.image.stat() if record.image.exists() else None
+            digest.update(f"{record.image} {found and (found.st_size, found.st_mtime_ns)}".encode())
+        return digest.hexdigest()
+
 
 @dataclass
 class Features:
@@ -74,6 +89,15 @@ class Features:
     values: Tensor
     rows: list[int]
     skipped: list[str] = field(default_factory=list)
+
+
+def features_key(limber: Limber, pairs: Pairs) -> str:
+    """Of the encoder's weights, whatever file they came from, and of the pictures."""
+    digest = hashlib.sha256(f"{limber.encoder.name} {pairs.key()}".encode())
+    for name, tensor in limber.encoder.trunk.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def cached_features(
@@ -86,8 +110,9 @@ def cached_features(
     path, about = folder / "features.bin", folder / "features.json"
     encoder, found = limber.encoder, None
     if path.exists() and about.exists():
-        found = json.loads(about.read_text(encoding="utf-8"))
-    if found is None or found["key"] != key or found["pictures"] != len(pairs):
+        with contextlib.suppress(ValueError):  # what is not whole is made anew
+            found = json.loads(about.read_text(encoding="utf-8"))
+    if not isinstance(found, dict) or found.get("key") != key:
         found = _write(limber, pairs, path, about, key, watch)
     shape = (len(found["rows"]), encoder.tokens, encoder.width)
     if path.stat().st_size != 2 * int(np.prod(shape)):
@@ -102,7 +127,7 @@ def cached_features(
 def _write(limber: Limber, pairs: Pairs, path: Path, about: Path, key: str, watch: Callable[[int, int], None]) -> dict:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     about.unlink(missing_ok=True)  # from here on the old features count no more
-    rows, skipped = [], []
+    rows, skipped = [], {}
     try:
         with open(temporary, "wb") as file:
             for start in range(0, len(pairs), _AT_ONCE):
@@ -119,20 +144,20 @@ def _write(limber: Limber, pairs: Pairs, path: Path, about: Path, key: str, watc
                 watch(min(start + _AT_ONCE, len(pairs)), len(pairs))
             file.flush()
             os.fsync(file.fileno())
+        if not rows:
+            raise checks.invalid("train-limber", "data", "hold a readable picture", f"{len(skipped)} broken ones")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    if not rows:
-        raise checks.invalid("train-limber", "data", "hold a readable picture", f"{len(skipped)} broken ones")
-    found = {"key": key, "pictures": len(pairs), "rows": rows, "skipped": skipped}
-    about.write_text(json.dumps(found), encoding="utf-8")
+    found = {"key": key, "rows": rows, "skipped": list(skipped.values())}
+    replace(about, json.dumps(found).encode())
     return found
 
 
-def read_image(pairs: Pairs, index: int, skipped: list[str]) -> Image | None:
+def read_image(pairs: Pairs, index: int, skipped: dict[int, str]) -> Image | None:
     """The picture, or None and its name among the skipped."""
     found = pairs.image(index)
     if isinstance(found, Broken):
-        skipped.append(f"{found.name}: {found.reason}")
+        skipped[index] = f"{found.name}: {found.reason}"
         return None
     return found

@@ -44,7 +44,7 @@ def files(tmp_path_factory):
         (data / folder).mkdir(parents=True)
     for i, colour in enumerate(COLOURS):
         Image.new("RGB", (40, 40), colour).save(data / f"images/0/{i}.jpg")
-        entry = {"image_path": f"images/0/{i}.jpg", "captions": [f"{colour:4}"], "metadata": {}}
+        entry = {"image_path": f"images/0/{i}.jpg", "captions": [colour * (1 + i % 3)], "metadata": {}}
         (data / f"image_data/0/{i}.json").write_text(json.dumps(entry))
     (data / "images/0/9.jpg").write_bytes((data / "images/0/8.jpg").read_bytes()[:150])
     return root / "lm", data
@@ -56,6 +56,7 @@ def config(files, tmp_path):
     return LimberTrainConfig(
         language_model=str(lm), data=str(data), output=str(tmp_path / "out"), encoder="timm:test_resnet",
         encoder_weights="random", steps=12, batch_size=6, micro_batch=3, warmup=2, learning_rate=5e-3, save_every=4,
+        cache_features=True,
     )  # fmt: skip
 
 
@@ -135,7 +136,8 @@ def test_a_tuned_encoder_moves_at_its_own_rate(config):
 
 
 def command(config, *options, processes=1):
-    flags = [f"--{f.name.replace('_', '-')}={getattr(config, f.name)}" for f in dataclasses.fields(config)
+    flags = ["--cache-features"] if config.cache_features else []
+    flags += [f"--{f.name.replace('_', '-')}={getattr(config, f.name)}" for f in dataclasses.fields(config)
              if f.type in ("int", "float", "str") and getattr(config, f.name) != ""]  # fmt: skip
     python = [sys.executable]
     if processes > 1:

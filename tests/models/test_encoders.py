@@ -11,6 +11,7 @@ pytest.importorskip("timm")
 pytest.importorskip("open_clip")
 pytest.importorskip("transformers")
 
+import numpy as np
 from PIL import Image
 
 from limber_fast.data.emoji import EmojiDataset
@@ -79,7 +80,7 @@ def test_weights_from_a_file(tmp_path):
     found = encoder("timm:resnet18", weights=tmp_path / "weights.pt")
     assert torch.equal(found.trunk.conv1.weight, state["conv1.weight"])
     torch.save({"other": torch.zeros(1)}, tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match=r"weights.pt must hold 'conv1.weight'"):
+    with pytest.raises(ValueError, match=r"weights\.pt: the file must hold 'conv1\.weight'"):
         encoder("timm:resnet18", weights=tmp_path / "weights.pt")
 
 
@@ -118,3 +119,30 @@ def test_missing_package_is_one_line():
 
     with pytest.raises(ImportError, match=r"^captions needs no_such_package: pip install no_such_package$"):
         needed("no_such_package.part", "captions")
+
+
+@pytest.mark.parametrize("weights", ["/no/such/file.pt", "no_such_tag"])
+@pytest.mark.parametrize("name", ["timm:test_resnet", "open_clip:RN50", "nfrn50"])
+def test_weights_that_are_not_there_are_no_random_ones(name, weights):
+    with pytest.raises((ValueError, OSError)):
+        encoder(name, weights=weights)
+
+
+def test_pretrained_open_clip_has_to_say_which():
+    with pytest.raises(ValueError, match="encoder: weights must be one of openai"):
+        encoder("open_clip:RN50")
+
+
+def test_every_mode_of_a_picture(tmp_path):
+    ramp = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
+    grey = small_pixels(Image.fromarray(ramp))
+    assert grey.mean().item() == pytest.approx(0.5, abs=0.01)
+    clear = Image.new("RGBA", (32, 32), (255, 0, 0, 0))
+    clear.putpixel((0, 0), (0, 0, 0, 255))
+    for mode in ("RGBA", "LA", "P"):
+        picture = clear.quantize() if mode == "P" else clear.convert(mode)
+        picture.save(tmp_path / "x.png")
+        pixels = small_pixels(Image.open(tmp_path / "x.png"))
+        assert pixels[:, 1:].min() > 0.99 and pixels[:, 0, 0].max() < 0.01, mode
+    for mode in ("1", "L", "CMYK", "YCbCr", "HSV", "F", "I"):
+        assert small_pixels(Image.new(mode, (40, 20))).shape == (3, 32, 32)

@@ -169,7 +169,7 @@ def test_saves_what_was_trained(limber, tmp_path):
     assert sorted(p.name for p in (tmp_path / "map").iterdir()) == ["limber.json", "projection.safetensors"]
     whole = (tmp_path / "map" / "projection.safetensors").read_bytes()
     (tmp_path / "map" / "projection.safetensors").write_bytes(whole[:-9])
-    with pytest.raises(ValueError, match=r"projection\.safetensors: the file must be a whole safetensors file"):
+    with pytest.raises(ValueError, match=r"projection\.safetensors: the file must be a state dict"):
         Limber.from_pretrained(tmp_path / "map", limber.language_model)
     (tmp_path / "map" / "limber.json").write_text('{"format": "other"}')
     with pytest.raises(ValueError, match=r"limber\.json: format must be"):
@@ -212,3 +212,43 @@ def test_bad_calls_are_one_line(limber, theirs):
         Limber(None, limber.language_model)
     with pytest.raises(ValueError, match="tokenizer must be given"):
         Limber(None, limber.language_model, width=D).caption(features)
+
+
+def test_what_is_empty_or_no_list(limber):
+    features = features_of(2)
+    assert limber.caption([]) == [] == limber.caption(features[:0]) == limber.answer(features[:0], [])
+    shots = [(features[0], "a", "b")]
+    assert limber.answer(features[:0], [], shots) == []
+    with pytest.raises(TypeError, match="questions must be a list of texts; got str"):
+        limber.answer(features, "ab")
+    with pytest.raises(TypeError, match="captions must be a list of texts; got str"):
+        limber(features, "ab")
+    with pytest.raises(ValueError, match=r"features \[n, k, 24\]; got shape"):
+        limber.caption(torch.zeros(2, K, D + 1))
+    asked = limber.answer(features, iter(["a", "b"]), iter(shots), max_new_tokens=4)
+    assert asked == limber.answer(features, ["a", "b"], shots, max_new_tokens=4)
+
+
+def test_questions_of_many_bytes_and_captions_too_long(limber):
+    features = features_of(2)
+    shots = [(features[0], "무엇입니까", "여우")]
+    assert len(limber.answer(features, ["이것은 무엇입니까?", "왜?"], shots, max_new_tokens=3)) == 2
+    whole, cut = (limber(features[:1], ["a" * n]) for n in (96 - K - 1, 500))
+    assert torch.equal(whole, cut)
+
+
+def test_answers_are_reproducible(limber):
+    one, again = (limber.answer(features_of(2), ["a", "b"], decoding="limber", max_new_tokens=8) for _ in range(2))
+    assert one == again
+
+
+def test_tokenizers_that_close_every_text(limber):
+    class Closing:
+        def __call__(self, text, add_special_tokens=True):
+            found = byte_tokenizer()(text)
+            found["input_ids"] = found.input_ids + [0] * add_special_tokens
+            return found
+
+    plain = limber.token_ids([IMAGE, "abc"], K)
+    limber.tokenizer = Closing()
+    assert torch.equal(limber.token_ids([IMAGE, "abc"], K), plain)

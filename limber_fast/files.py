@@ -1,0 +1,64 @@
+"""Files that are whole or absent, and weights that are read without running anything."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from limber_fast import checks
+
+
+def replace(path: Path, data: bytes) -> None:
+    """A whole new file, or the old one: written under a temporary name, flushed to disk, renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The state dict of a .safetensors file or, by weights_only, of one of torch.save.
+
+    Raises: ValueError with one line for anything else; OSError where there is no file.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch.load answers a foreign file with whatever its first bytes led to
+        reason = (str(error).strip().splitlines() or [""])[0].partition(". ")[0] or type(error).__name__
+        raise checks.invalid(str(path), "the file", "be a state dict that holds tensors alone", reason) from error
+    if not isinstance(found, dict):
+        raise checks.invalid(str(path), "the file", "hold a state dict", checks.kind_of(found))
+    return found
+
+
+def fill(module: nn.Module, found: Mapping[str, Any], source: str) -> None:
+    """Copies a state dict into `module`, or raises before anything has changed; entries it does not know are left."""
+    wanted = module.state_dict()
+    for name, tensor in wanted.items():
+        given = found.get(name)
+        if given is None:
+            raise checks.invalid(source, "the file", f"hold {name!r}", f"{len(found)} other tensors")
+        if not isinstance(given, Tensor):
+            raise checks.invalid(source, f"tensor {name!r}", "be a tensor", checks.kind_of(given))
+        if given.shape != tensor.shape:
+            raise checks.invalid(source, f"tensor {name!r}", f"be {tuple(tensor.shape)}", checks.shape_of(given))
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(found[name])
