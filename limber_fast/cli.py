@@ -179,7 +179,7 @@ def _train(module: str, args: argparse.Namespace, console: Console) -> int | Non
         torch.set_num_threads(args.threads)
     try:
         return command.main(args, console)
-    except (ValueError, TypeError, RuntimeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         if isinstance(error, ModuleNotFoundError):
             raise
         console.error(str(error))

@@ -98,7 +98,7 @@ class LimberTrainer:
     def train_step(self) -> dict[str, float]:
         """Gradients of a batch and one AdamW step.
 
-        Raises: RuntimeError where no picture of the batch could be read, or the loss is not finite; nothing has moved.
+        Raises: ValueError where no picture of the batch could be read, or the loss is not finite; nothing has moved.
         """
         config, positions = self.config, self.positions(self.step)
         total, tokens = 0.0, 0
@@ -111,9 +111,9 @@ class LimberTrainer:
                 total, tokens = total + loss.item() * count, tokens + count
         total, tokens = self._add_up(total, tokens)
         if not tokens:
-            raise RuntimeError(f"train-limber: step {self.step + 1}: none of its pictures could be read")
+            raise ValueError(f"train-limber: step {self.step + 1}: none of its pictures could be read")
         if not math.isfinite(total):
-            raise RuntimeError(f"train-limber: step {self.step + 1}: the loss is {total}; the last checkpoint is whole")
+            raise ValueError(f"train-limber: step {self.step + 1}: the loss is {total}; the last checkpoint is whole")
         for p in self.parameters:
             if p.grad is not None:
                 p.grad /= tokens
