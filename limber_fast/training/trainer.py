@@ -108,6 +108,7 @@ class Trainer:
             self.image_seconds = self.budget.spent
         else:
             if self.locked is None:
+                self.history.close(self.step, self.budget.spent)  # no row of the log holds steps of both kinds
                 self.average.copy_to(self.model)
                 self.lock_images()
             factor = warmup_cosine((done - lock) / (1 - lock), self.config.warmup)
