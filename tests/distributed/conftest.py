@@ -1,4 +1,4 @@
-"""The processes of `rank_pool`: what a spawned process finds by name cannot live in a conftest, of which there are many."""
+"""The processes of `rank_pool`: what a spawned one finds by name cannot live in a conftest, of which there are many."""
 
 from __future__ import annotations
 
