@@ -260,3 +260,13 @@ except limber_fast.BackendUnavailable as error: print(error)
 def test_cuda_that_is_demanded_and_impossible_fails_loudly(unpacked, bare_machine, mode, word):
     done = run(sys.executable, "setup.py", "build_ext", cwd=unpacked, env=bare_machine | {"LIMBER_FAST_CUDA": mode})
     assert done.returncode != 0 and word in done.stdout + done.stderr
+
+
+def test_checks_have_one_function_of_a_name():
+    """`limber_fast.checks` gathers all of its modules: of two functions of one name it would keep the later one."""
+    import ast
+
+    folder = Path(limber_fast.__file__).parent / "checks"
+    names = [node.name for path in folder.glob("*.py") for node in ast.parse(path.read_text(encoding="utf-8")).body
+             if isinstance(node, ast.FunctionDef)]  # fmt: skip
+    assert len(names) > 50 and sorted(set(names)) == sorted(names)

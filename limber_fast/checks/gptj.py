@@ -66,7 +66,7 @@ def model_dtype(op: str, dtype: Any) -> None:
         raise invalid(op, "dtype", "be torch.bfloat16, float16, float32 or float64", repr(dtype), kind=TypeError)
 
 
-def texts(op: str, name: str, found: Any) -> list:
+def listed_texts(op: str, name: str, found: Any) -> list:
     """Several texts, or lists of token ids, as a list: one text alone would be taken for its letters."""
     if isinstance(found, str) or not hasattr(found, "__iter__"):
         raise invalid(op, name, "be a list of texts", kind_of(found), "put it into a list", kind=TypeError)

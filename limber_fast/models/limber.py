@@ -133,7 +133,7 @@ class Limber(nn.Module):
         self, images: Images, captions: Sequence[str | Sequence[int]], *, seed: int | None = None
     ) -> tuple[Tensor, int]:
         """What `forward` gives, and the number of tokens that it is the mean of."""
-        captions = checks.texts(_OP, "captions", captions)
+        captions = checks.listed_texts(_OP, "captions", captions)
         features = self.encode(images)
         if len(features) != len(captions):
             raise checks.invalid(_OP, "captions", f"be {len(features)}, one for each picture", str(len(captions)))
@@ -193,7 +193,7 @@ class Limber(nn.Module):
             separator: behind each shot; what ends an answer too (LiMBeR published neither).
             decoding, max_new_tokens, seed, options: as in `caption`.
         """
-        questions, shots, options = checks.texts(_OP, "questions", questions), list(shots), {"seed": seed, **options}
+        questions, shots, options = checks.listed_texts(_OP, "questions", questions), list(shots), {"seed": seed, **options}
         features = self.encode(images)
         if len(features) != len(questions):
             raise checks.invalid(_OP, "questions", f"be {len(features)}, one for each picture", str(len(questions)))
