@@ -193,7 +193,8 @@ class Limber(nn.Module):
             separator: behind each shot; what ends an answer too (LiMBeR published neither).
             decoding, max_new_tokens, seed, options: as in `caption`.
         """
-        questions, shots, options = checks.listed_texts(_OP, "questions", questions), list(shots), {"seed": seed, **options}
+        questions, shots = checks.listed_texts(_OP, "questions", questions), list(shots)
+        options = {"seed": seed, **options}
         features = self.encode(images)
         if len(features) != len(questions):
             raise checks.invalid(_OP, "questions", f"be {len(features)}, one for each picture", str(len(questions)))
