@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from limber_fast import checks
+
+
+def broken() -> tuple[type[Exception], ...]:
+    """What torch.load answers a foreign or truncated file with: that depends on its first bytes and on its name."""
+    from safetensors import SafetensorError
+
+    return (
+        SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError, LookupError,
+        TypeError, AttributeError,
+    )  # fmt: skip
+
+
+def reason(error: Exception) -> str:
+    """The first sentence of an error that may have none."""
+    return (str(error).strip().splitlines() or [""])[0].partition(". ")[0] or type(error).__name__
 
 
 def replace(path: Path, data: bytes) -> None:
@@ -32,17 +49,15 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises: ValueError with one line for anything else; OSError where there is no file.
     """
     path = Path(path)
+    from safetensors.torch import load_file
+
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch.load answers a foreign file with whatever its first bytes led to
-        reason = (str(error).strip().splitlines() or [""])[0].partition(". ")[0] or type(error).__name__
-        raise checks.invalid(str(path), "the file", "be a state dict that holds tensors alone", reason) from error
+    except broken() as error:
+        contract = "be a state dict that holds tensors alone"
+        raise checks.invalid(str(path), "the file", contract, reason(error)) from error
     if not isinstance(found, dict):
         raise checks.invalid(str(path), "the file", "hold a state dict", checks.kind_of(found))
     return found

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from limber_fast import checks
 from limber_fast.console import Console
-from limber_fast.train_limber import pairs_of, processes
+from limber_fast.train_limber import pairs_of, processes, tensorboard
 from limber_fast.training.checkpoint import CLIP, CheckpointError, load_checkpoint
 from limber_fast.training.clip import ClipTrainer
 from limber_fast.training.clip_config import ClipTrainConfig
@@ -55,7 +55,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
                 console.error(f"{error}; run without --resume to start anew")
                 return FAILED
             console.print(f"resumed at step {trainer.step}")
-        log = _tensorboard(folder) if config.tensorboard and not rank else None
+        log = tensorboard(folder) if config.tensorboard and not rank else None
         with console.progress("training", config.steps) as update:
 
             def watch(step: int, values: dict[str, float]) -> None:
@@ -145,12 +145,3 @@ def dry_run(trainer: ClipTrainer, world: int, console: Console) -> int:
     ]
     console.table("Dry run", ("", ""), rows)
     return 0
-
-
-def _tensorboard(folder: Path) -> Any:
-    from limber_fast.optional import needed
-
-    needed("tensorboard", "--tensorboard")
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder / "tensorboard"))

@@ -50,7 +50,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
                 console.error(f"{error}; run without --resume to start anew")
                 return FAILED
             console.print(f"resumed at step {trainer.step}")
-        log = _tensorboard(folder) if config.tensorboard and not rank else None
+        log = tensorboard(folder) if config.tensorboard and not rank else None
         with console.progress("training", config.steps) as update:
 
             def watch(step: int, values: dict[str, float]) -> None:
@@ -159,7 +159,7 @@ def dry_run(limber: Limber, pairs: Pairs, config: LimberTrainConfig, world: int,
     return 0
 
 
-def _tensorboard(folder: Path):
+def tensorboard(folder: Path):
     needed("tensorboard", "--tensorboard")
     from torch.utils.tensorboard import SummaryWriter
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -51,3 +54,19 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def same_in_a_forked_child() -> Callable[[Callable[[], object]], None]:
+    """Asserts that run() gives one result in this process, in a child forked from it, and here once more."""
+
+    def check(run: Callable[[], object]) -> None:
+        expected = run()  # the parent's thread pool is up
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)  # a child that waits for the parent's threads would wait for ever
+            os._exit(0 if run() == expected else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert run() == expected
+
+    return check

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import pickle
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from limber_fast.files import broken, reason
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ def load_checkpoint(path: Path, layout: Layout = SMALL_CLIP) -> dict:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
+    except broken() as error:
+        raise CheckpointError(f"{path}: not a readable checkpoint ({reason(error)})") from error
     found = state.get("format") if isinstance(state, dict) else type(state).__name__
     if found != layout.format:
         raise CheckpointError(f"{path}: expected format {layout.format!r}; found {found!r}")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any, get_type_hints
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from limber_fast import checks, dispatch
+from limber_fast.training.limber_config import settle_kinds
 
 _OP = "train-clip"
 # What may change between a checkpoint and the run that goes on from it: nothing of these reaches a weight.
@@ -60,13 +61,7 @@ class ClipTrainConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for field in fields(self):
-            value, kind = getattr(self, field.name), hints[field.name]
-            if kind is float and type(value) is int:
-                object.__setattr__(self, field.name, value := float(value))
-            if type(value) is not kind:
-                raise checks.invalid(_OP, field.name, f"be {kind.__name__}", repr(value), kind=TypeError)
+        settle_kinds(_OP, self)
         for name in ("steps", "batch_size", "save_every"):
             if getattr(self, name) < 1:
                 raise checks.invalid(_OP, name, "be at least 1", repr(getattr(self, name)))

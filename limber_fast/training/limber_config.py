@@ -63,13 +63,7 @@ class LimberTrainConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for field in fields(self):
-            value, kind = getattr(self, field.name), hints[field.name]
-            if kind is float and isinstance(value, int) and not isinstance(value, bool):
-                object.__setattr__(self, field.name, value := float(value))
-            if type(value) is not kind:
-                raise checks.invalid(_OP, field.name, f"be {kind.__name__}", repr(value), kind=TypeError)
+        settle_kinds(_OP, self)
         for name in ("steps", "batch_size", "micro_batch", "save_every"):
             checks.size(_OP, name, getattr(self, name))
         for name in ("learning_rate", "warmup", "weight_decay", "grad_clip", "encoder_learning_rate", "seed"):
@@ -89,6 +83,17 @@ class LimberTrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def settle_kinds(op: str, config: Any) -> None:
+    """Every field of a frozen dataclass is of its type; a whole number serves as a float."""
+    hints = get_type_hints(type(config))
+    for field in fields(config):
+        value, kind = getattr(config, field.name), hints[field.name]
+        if kind is float and type(value) is int:
+            object.__setattr__(config, field.name, value := float(value))
+        if type(value) is not kind:
+            raise checks.invalid(op, field.name, f"be {kind.__name__}", repr(value), kind=TypeError)
 
 
 def add_flags(parser: argparse.ArgumentParser, config: type) -> None:

@@ -16,7 +16,9 @@ from PIL import Image
 
 from limber_fast.data.emoji import EmojiDataset
 from limber_fast.demo import build_trainer
+from limber_fast.files import load_state
 from limber_fast.models.encoders import encoder, small_pixels
+from limber_fast.training.checkpoint import CheckpointError, load_checkpoint
 from limber_fast.training.config import TrainConfig
 from limber_fast.training.drawings import Drawings
 
@@ -146,3 +148,13 @@ def test_every_mode_of_a_picture(tmp_path):
         assert pixels[:, 1:].min() > 0.99 and pixels[:, 0, 0].max() < 0.01, mode
     for mode in ("1", "L", "CMYK", "YCbCr", "HSV", "F", "I"):
         assert small_pixels(Image.new(mode, (40, 20))).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("content", [b"", b".", b"hello", b"\x80\x02", b"PK\x03\x04"])
+@pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
+def test_foreign_files_are_one_line(content, name, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=r"weights\.\w+: the file must be a state dict"):
+        load_state(tmp_path / name)
+    with pytest.raises(CheckpointError, match="not a readable checkpoint"):
+        load_checkpoint(tmp_path / name)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import cases
@@ -42,7 +40,7 @@ def test_a_row_does_not_depend_on_its_batch(own_kernels):
         assert _equal(_run(own_kernels, SHAPES[1], rows=rows), (x[rows] for x in whole))
 
 
-def test_forked_child(own_kernels, threads):
+def test_forked_child(own_kernels, threads, same_in_a_forked_child):
     threads(2)
     values = cases.head(40, 4500, 70, torch.float32)
     weight, hidden = quantize_int8(values["weight"]), values["hidden"].clone().requires_grad_()
@@ -53,13 +51,7 @@ def test_forked_child(own_kernels, threads):
         # Compared as bytes: torch's own threaded ops are what a forked child must not call.
         return [t.detach().numpy().tobytes() for t in (losses, *torch.autograd.grad(losses, hidden, ones))]
 
-    expected = run()  # the parent's thread pool is up
-    child = os.fork()
-    if child == 0:
-        signal.alarm(60)  # a child that waits for the parent's threads would wait for ever
-        os._exit(0 if run() == expected else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert run() == expected
+    same_in_a_forked_child(run)
 
 
 def test_concurrent_calls(own_kernels, threads):

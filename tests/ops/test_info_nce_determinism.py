@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import cases
@@ -51,7 +49,7 @@ def test_statistics_do_not_change_the_loss(engine):
     assert info_nce(image, text, scale, backend=engine) == with_stats
 
 
-def test_forked_child(own_kernels, threads):
+def test_forked_child(own_kernels, threads, same_in_a_forked_child):
     threads(2)
     image, text, scale = cases.towers("unit", *SHAPES[0], torch.float32)
     leaves = [image.clone().requires_grad_(), text.clone().requires_grad_()]
@@ -61,13 +59,7 @@ def test_forked_child(own_kernels, threads):
         # Compared as bytes: torch's own threaded ops are what a forked child must not call.
         return [x.detach().numpy().tobytes() for x in (loss, *torch.autograd.grad(loss, leaves))]
 
-    expected = run()  # the parent's thread pool is up
-    child = os.fork()
-    if child == 0:
-        signal.alarm(60)  # a child that waits for the parent's threads would wait for ever
-        os._exit(0 if run() == expected else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert run() == expected
+    same_in_a_forked_child(run)
 
 
 def test_concurrent_calls(engine, threads):

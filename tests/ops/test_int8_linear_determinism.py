@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import cases
@@ -50,7 +48,7 @@ def test_a_row_does_not_depend_on_its_batch(own_kernels, compute):
         assert torch.equal(part, whole[rows])
 
 
-def test_forked_child(own_kernels, threads):
+def test_forked_child(own_kernels, threads, same_in_a_forked_child):
     threads(2)
     values = cases.int8_layer(40, 640, 600, torch.float32)
     weight, x = quantize_int8(values["weight"]), values["x"].clone().requires_grad_()
@@ -60,13 +58,7 @@ def test_forked_child(own_kernels, threads):
         # Compared as bytes: torch's own threaded ops are what a forked child must not call.
         return [t.detach().numpy().tobytes() for t in (y, *torch.autograd.grad(y, x, values["grad"]))]
 
-    expected = run()  # the parent's thread pool is up
-    child = os.fork()
-    if child == 0:
-        signal.alarm(60)  # a child that waits for the parent's threads would wait for ever
-        os._exit(0 if run() == expected else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert run() == expected
+    same_in_a_forked_child(run)
 
 
 def test_concurrent_calls(own_kernels, threads):

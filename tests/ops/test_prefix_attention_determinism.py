@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import cases
@@ -40,7 +38,7 @@ def test_thread_counts_and_runs(own_kernels, poisoned, threads, dtype):
     assert all(_equal(results[0], found) for found in results[1:])
 
 
-def test_forked_child(own_kernels, threads):
+def test_forked_child(own_kernels, threads, same_in_a_forked_child):
     threads(2)
 
     pages, rows = _pages(torch.float32), cases.attention_rows(BATCH.tokens, 3, 64, torch.float32)
@@ -49,13 +47,7 @@ def test_forked_child(own_kernels, threads):
         out = prefix_attention(*rows, pages, BATCH, rotary=ROTARY, backend=own_kernels)
         return out.numpy().tobytes(), pages.numpy().tobytes()
 
-    expected = run()  # the parent's thread pool is up
-    child = os.fork()
-    if child == 0:
-        signal.alarm(60)  # a child that waits for the parent's threads would wait for ever
-        os._exit(0 if run() == expected else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert run() == expected
+    same_in_a_forked_child(run)
 
 
 def test_concurrent_calls(own_kernels, threads):

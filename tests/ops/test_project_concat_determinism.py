@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import cases
@@ -49,7 +47,7 @@ def test_thread_counts(own_kernels, poisoned, threads, shape, dtype, magma):
     assert _equal(results[0], results[1]) and _equal(results[0], results[2])
 
 
-def test_forked_child(own_kernels, threads):
+def test_forked_child(own_kernels, threads, same_in_a_forked_child):
     threads(2)
     rows = cases.prompts(cases.PROMPTS["few-shot"], 49)
     values = cases.projection(5, *SHAPES[1], torch.float32)
@@ -60,13 +58,7 @@ def test_forked_child(own_kernels, threads):
         # Compared as bytes: torch's own threaded ops are what a forked child must not call.
         return [x.detach().numpy().tobytes() for x in (out, *torch.autograd.grad(out, leaves, grad))]
 
-    expected = run()  # the parent's thread pool is up
-    child = os.fork()
-    if child == 0:
-        signal.alarm(60)  # a child that waits for the parent's threads would wait for ever
-        os._exit(0 if run() == expected else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert run() == expected
+    same_in_a_forked_child(run)
 
 
 def test_concurrent_calls(own_kernels, threads):
