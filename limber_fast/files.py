@@ -63,9 +63,16 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     return found
 
 
-def fill(module: nn.Module, found: Mapping[str, Any], source: str) -> None:
-    """Copies a state dict into `module`, or raises before anything has changed; entries it does not know are left."""
-    wanted = module.state_dict()
+def fill(
+    module: nn.Module, found: Mapping[str, Any], source: str, *, prefix: str = "", optional: str | None = None
+) -> None:
+    """Copies a state dict into `module`, or raises before anything has changed; entries it does not know are left.
+
+    Args: prefix: of the names in `found`. optional: how names end that may be missing.
+    """
+    wanted = {prefix + name: tensor for name, tensor in module.state_dict().items()}
+    if optional is not None:
+        wanted = {name: tensor for name, tensor in wanted.items() if name in found or not name.endswith(optional)}
     for name, tensor in wanted.items():
         given = found.get(name)
         if given is None:

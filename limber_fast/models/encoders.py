@@ -43,6 +43,7 @@ class ImageEncoder(nn.Module):
     Attributes:
         name, weights, seed: what `encoder` made it by. tokens: k. width: D. size: (H, W) that `preprocess` gives.
         preprocess: PIL image -> [3, H, W] fp32.
+        own: its weights came from elsewhere, so that whoever saves it has to save them.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class ImageEncoder(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.name, self.trunk, self._take, self.preprocess = name, trunk, take, preprocess
-        self.weights, self.seed = None, 0
+        self.weights, self.seed, self.own = None, 0, False
         self.size = (size, size) if isinstance(size, int) else tuple(size)
         self.requires_grad_(False).eval()
         with torch.no_grad():
@@ -66,8 +67,9 @@ class ImageEncoder(nn.Module):
         """PIL images, or a tensor that is preprocessed already, as [n, 3, H, W] on the encoder's device."""
         if not isinstance(images, Tensor):
             images = torch.stack([self.preprocess(image) for image in images])
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise checks.invalid(self.name, "images", "be pictures or [n, 3, H, W]", checks.shape_of(images))
+        if images.ndim != 4 or images.shape[1:] != (3, *self.size):
+            contract = f"be pictures, or preprocessed to [n, 3, {self.size[0]}, {self.size[1]}]"
+            raise checks.invalid(self.name, "images", contract, checks.shape_of(images))
         first = next(self.parameters(), None)
         return images if first is None else images.to(first.device, first.dtype)
 

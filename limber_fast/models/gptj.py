@@ -25,7 +25,8 @@ _OP = "GPTJ"
 
 
 class GPTJ(FrozenGPTJ):
-    """GPT-J, frozen: int8 weights with one scale per output channel (or floating-point ones), no trained parameter.
+    """GPT-J, frozen: int8 weights with one scale per output channel (or floating-point ones); no parameter but MAGMA's
+    adapters, where there are any (`add_adapters`, `train_adapters`).
 
     For each block ``h = LayerNorm(x); x = x + out_proj(attention(h)) + fc_out(gelu_new(fc_in(h)))``, then a last
     LayerNorm and the head. Linear maps run over the tokens of all sequences, packed: padding costs nothing. Gradients

@@ -22,6 +22,7 @@ class GPTJConfig:
         n_inner: width of the MLP; None for 4 E.
         layer_norm_epsilon: of every LayerNorm. initializer_range: standard deviation of random weights.
         eos_token_id: one id or several that end a text; None for none.
+        adapter_width: of MAGMA's adapters behind every MLP (E / 4 there); None for none.
 
     Raises: ValueError where a size is impossible.
     """
@@ -37,6 +38,7 @@ class GPTJConfig:
     initializer_range: float = 0.02
     bos_token_id: int | None = 50256
     eos_token_id: int | tuple[int, ...] | None = 50256
+    adapter_width: int | None = None
 
     def __post_init__(self) -> None:
         op = "GPTJConfig"
@@ -44,8 +46,9 @@ class GPTJConfig:
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "rotary_dim"):
             checks.size(op, name, getattr(self, name))
-        if self.n_inner is not None:
-            checks.size(op, "n_inner", self.n_inner)
+        for name in ("n_inner", "adapter_width"):
+            if getattr(self, name) is not None:
+                checks.size(op, name, getattr(self, name))
         if self.n_embd % self.n_head:
             raise checks.invalid(op, "n_embd", f"be a multiple of n_head = {self.n_head}", repr(self.n_embd))
         if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:

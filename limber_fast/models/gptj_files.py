@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from limber_fast import checks
-from limber_fast.models.gptj_weights import BNB_SCALES, Filling, full_name
+from limber_fast.models.gptj_weights import BNB_SCALES, Filling, full_name, put
 from limber_fast.ops.int8_weight import _huge_pages
 
 FORMAT, LAYOUT, KEY = "limber_fast.GPTJ", 1, "limber_fast"
@@ -146,7 +146,7 @@ def save(model: nn.Module, folder: Path) -> None:
     facts = {"format": FORMAT, "layout": LAYOUT, "file": data.name, "weights": how.weights, "compute": how.compute,
              "outlier_threshold": how.outlier_threshold, "dtype": str(model.dtype).removeprefix("torch.")}  # fmt: skip
     try:
-        _write_tensors(data, dict(model.named_buffers()))
+        _write_tensors(data, _tensors_of(model))
         with open(config, "w", encoding="utf-8") as file:
             json.dump({**model.config.to_dict(), KEY: facts}, file, indent=2)
             _flush(file)
@@ -162,6 +162,12 @@ def save(model: nn.Module, folder: Path) -> None:
         os.close(descriptor)
     if isinstance(old, str) and old == os.path.basename(old) != data.name:
         (folder / old).unlink(missing_ok=True)
+
+
+def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """All that a model consists of; adapters, which may be trained in fp32, in the model's dtype."""
+    adapters = {name: p.detach().to(model.dtype) for name, p in model.named_parameters()}
+    return dict(model.named_buffers()) | adapters
 
 
 def _flush(file: Any) -> None:
@@ -207,7 +213,7 @@ def saved_facts(folder: Path, found: dict[str, Any]) -> dict[str, Any] | None:
 def load(model: nn.Module, data: Path, mmap: bool, device: torch.device | str | None) -> None:
     """Fills a GPTJ on meta with what `save` wrote; `mmap` leaves the tensors in the file's pages."""
     file = _open_safetensors(data)
-    stored, expected = set(file.keys()), dict(model.named_buffers())
+    stored, expected = set(file.keys()), _tensors_of(model)
     if extra := sorted(stored - set(expected)):
         raise checks.invalid(str(data), "the file", "hold this model's tensors alone", repr(extra[0]))
     for name, empty in expected.items():
@@ -216,4 +222,4 @@ def load(model: nn.Module, data: Path, mmap: bool, device: torch.device | str | 
         if not mmap:
             found = _huge_pages(torch.empty_like(found)).copy_(found)
         path, _, last = name.rpartition(".")
-        setattr(model.get_submodule(path), last, found if device is None else found.to(device))
+        put(model.get_submodule(path), last, found if device is None else found.to(device))

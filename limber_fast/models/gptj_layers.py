@@ -69,8 +69,30 @@ class FrozenLayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
+class Adapter(nn.Module):
+    """m + up(relu(down(m))) behind an MLP: MAGMA's bottleneck, the one part of a GPT-J that can be trained.
+
+    Parameters in the dtype they are given; products run in the activations' dtype.
+    """
+
+    def __init__(self, width: int, inner: int, dtype: torch.dtype, device: torch.device | str | None):
+        super().__init__()
+        self.down = nn.Linear(width, inner, dtype=dtype, device=device)
+        self.up = nn.Linear(inner, width, dtype=dtype, device=device)
+        self.requires_grad_(False)
+
+    def forward(self, m: Tensor, residual: Tensor) -> Tensor:
+        """residual + m + up(relu(down(m))), all [T, E]."""
+        down, bottom, up, top = (
+            x.to(m.dtype) for x in (self.down.weight, self.down.bias, self.up.weight, self.up.bias)
+        )
+        inner = F.relu(F.linear(m, down, bottom))
+        return F.linear(inner, up, top).add_(m).add_(residual)
+
+
 class Block(nn.Module):
-    """h = ln_1(x); x + out_proj(attention(q, k, v of h)) + fc_out(gelu_new(fc_in(h))), as GPT-J has it.
+    """h = ln_1(x); x + out_proj(attention(q, k, v of h)) + fc_out(gelu_new(fc_in(h))), as GPT-J has it; with an adapter
+    what fc_out gives goes through it.
 
     q, k and v are one product; each residual sum is the epilogue of the product before it.
     """
@@ -83,9 +105,12 @@ class Block(nn.Module):
         self.out_proj = FrozenLinear(width, width, False, precision, device)
         self.fc_in = FrozenLinear(inner, width, True, precision, device)
         self.fc_out = FrozenLinear(width, inner, True, precision, device)
+        inner = config.adapter_width
+        self.adapter = None if inner is None else Adapter(width, inner, precision.dtype, device)
 
     def forward(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         """x [T, E] -> [T, E]; `attend` maps q|k|v [T, 3 E] to [T, E]."""
         h = self.ln_1(x)
         x = self.out_proj(attend(self.qkv(h)), residual=x)
-        return self.fc_out(self.fc_in(h, activation="gelu_new"), residual=x)
+        h = self.fc_in(h, activation="gelu_new")
+        return self.fc_out(h, residual=x) if self.adapter is None else self.adapter(self.fc_out(h), x)

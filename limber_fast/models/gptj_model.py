@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from limber_fast import checks
 from limber_fast.models.gptj_attention import KVCache, cached_attention, differentiable_attention, rotations
 from limber_fast.models.gptj_config import GPTJConfig
-from limber_fast.models.gptj_layers import Block, FrozenLayerNorm, FrozenLinear, Precision
+from limber_fast.models.gptj_layers import Adapter, Block, FrozenLayerNorm, FrozenLinear, Precision
+from limber_fast.models.gptj_weights import small_normal_
 from limber_fast.ops.frozen_cross_entropy import frozen_cross_entropy
 from limber_fast.ops.int8_weight import Int8Weight
 
@@ -44,7 +46,11 @@ class GPTJOutput:
 
 
 class FrozenGPTJ(nn.Module):
-    """The layers and their forward pass; `limber_fast.GPTJ` adds where weights come from, and generation."""
+    """The layers and their forward pass; `limber_fast.GPTJ` adds where weights come from, and generation.
+
+    Attributes:
+        gradient_checkpointing: keep the input of each block alone for the backward pass, and compute the block again.
+    """
 
     def __init__(
         self, config: GPTJConfig, *, weights: str = "int8", compute: str = "w8a16", outlier_threshold: float = 6.0,
@@ -61,6 +67,7 @@ class FrozenGPTJ(nn.Module):
         self.h = nn.ModuleList(Block(config, self.precision, device) for _ in range(config.n_layer))
         self.ln_f = FrozenLayerNorm(width, config.layer_norm_epsilon, dtype, device)
         self.lm_head = FrozenLinear(config.vocab_size, width, True, self.precision, device)
+        self.gradient_checkpointing = False
         self.eval()
 
     @property
@@ -79,6 +86,40 @@ class FrozenGPTJ(nn.Module):
     def compute(self, value: str) -> None:
         checks.choice(_OP, "compute", value, ("w8a16", "w8a8"))
         self.precision.compute = value
+
+    @property
+    def adapters(self) -> nn.ModuleDict:
+        """MAGMA's adapters by layer; empty where there are none."""
+        return nn.ModuleDict({str(i): block.adapter for i, block in enumerate(self.h) if block.adapter is not None})
+
+    def add_adapters(self, width: int | None = None, *, seed: int = 0) -> None:
+        """Puts an adapter of `width` (by default E / 4, as MAGMA) behind every MLP: random ones that hardly change
+        anything, frozen until `train_adapters`."""
+        width = self.config.n_embd // 4 if width is None else width
+        checks.size(f"{_OP}.add_adapters", "width", width)
+        if self.config.adapter_width is not None:
+            found = f"adapters of width {self.config.adapter_width}"
+            raise checks.invalid(f"{_OP}.add_adapters", "the model", "have none yet", found)
+        self.attach_adapters(self.new_adapters(width, seed))
+
+    def new_adapters(self, width: int, seed: int = 0) -> nn.ModuleDict:
+        """Adapters as `adapters` has them, not yet behind the MLPs."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        made = [Adapter(self.config.n_embd, width, self.dtype, self.device) for _ in self.h]
+        for p in nn.ModuleList(made).parameters():
+            small_normal_(p.data, generator)
+        return nn.ModuleDict({str(i): adapter for i, adapter in enumerate(made)})
+
+    def attach_adapters(self, adapters: nn.ModuleDict) -> None:
+        for block, adapter in zip(self.h, adapters.values(), strict=True):
+            block.adapter = adapter
+        self.config = replace(self.config, adapter_width=self.h[0].adapter.down.out_features)
+
+    def train_adapters(self, mode: bool = True) -> None:
+        """Adapters with gradients, kept in fp32, or frozen ones in the model's dtype."""
+        if mode and self.config.adapter_width is None:
+            raise checks.invalid(f"{_OP}.train_adapters", "the model", "have adapters", "none", "add_adapters()")
+        self.adapters.to(torch.float32 if mode else self.dtype).requires_grad_(mode)
 
     def new_cache(self, batch: int, capacity: int | None = None) -> KVCache:
         """An empty cache for `forward`: `batch` sequences of up to `capacity` tokens each, by default n_positions.
@@ -191,8 +232,13 @@ class FrozenGPTJ(nn.Module):
             return self._blocks(x, cached_attention(config, cache, batch))
 
     def _blocks(self, x: Tensor, attend: Callable[[Tensor, int], Tensor]) -> Tensor:
+        again = self.gradient_checkpointing and torch.is_grad_enabled()
         for index, block in enumerate(self.h):
-            x = block(x, partial(attend, layer=index))
+            attend_here = partial(attend, layer=index)
+            if again and x.requires_grad:
+                x = checkpoint(block, x, attend_here, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, attend_here)
         return self.ln_f(x)
 
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,10 @@ def sources(config: GPTJConfig) -> dict[str, tuple[str, ...]]:
         for layer in ("fc_in", "fc_out"):
             for kind in ("weight", "bias"):
                 names[f"h.{i}.{layer}.{kind}"] = (f"{theirs}.mlp.{layer}.{kind}",)
+        if config.adapter_width is not None:
+            for layer, number in (("down", 0), ("up", 2)):
+                for kind in ("weight", "bias"):
+                    names[f"h.{i}.adapter.{layer}.{kind}"] = (f"{theirs}.mlp.adapter.{number}.{kind}",)
     for layer in ("ln_f", "lm_head"):
         for kind in ("weight", "bias"):
             names[f"{layer}.{kind}"] = (f"{'transformer.' * (layer == 'ln_f')}{layer}.{kind}",)
@@ -44,7 +48,8 @@ def shapes(config: GPTJConfig) -> dict[str, tuple[int, ...]]:
     ends = {
         "wte.weight": (vocabulary, width), "lm_head.weight": (vocabulary, width), "lm_head.bias": (vocabulary,),
         "fc_in.weight": (inner, width), "fc_in.bias": (inner,), "fc_out.weight": (width, inner),
-        "proj.weight": (width, width),
+        "proj.weight": (width, width), "adapter.0.weight": (config.adapter_width, width),
+        "adapter.0.bias": (config.adapter_width,), "adapter.2.weight": (width, config.adapter_width),
     }  # fmt: skip
     return {
         name: next((shape for end, shape in ends.items() if name.endswith(end)), (width,))
@@ -57,11 +62,29 @@ def full_name(name: str) -> str:
     return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
 
 
-class Filling:
-    """Fills a GPTJ built on meta, tensor by tensor in any order, keeping only what a matrix still waits for."""
+def put(owner: nn.Module, name: str, value: Tensor | Int8Weight) -> None:
+    """Sets a buffer, an int8 matrix, or a frozen parameter."""
+    if isinstance(getattr(owner, name), nn.Parameter):
+        value = nn.Parameter(value, requires_grad=False)
+    setattr(owner, name, value)
 
-    def __init__(self, model: nn.Module, source: str, device: torch.device | str | None = None) -> None:
-        self.model, self.source, self.device = model, source, device
+
+def small_normal_(x: Tensor, generator: torch.Generator) -> Tensor:
+    """What MAGMA's adapters begin with: a standard deviation of 1e-3, cut at twice that."""
+    return x.normal_(0, 1e-3, generator=generator).clamp_(-2e-3, 2e-3)
+
+
+class Filling:
+    """Fills a GPTJ built on meta, tensor by tensor in any order, keeping only what a matrix still waits for.
+
+    Args: shown: from a tensor's name to the one it has in the file, for complaints.
+    """
+
+    def __init__(
+        self, model: nn.Module, source: str, device: torch.device | str | None = None,
+        shown: Callable[[str], str] = str,
+    ) -> None:  # fmt: skip
+        self.model, self.source, self.device, self.shown = model, source, device, shown
         self.expected, self.groups = shapes(model.config), sources(model.config)
         self.target = {name: target for target, parts in self.groups.items() for name in parts}
         self.pending: dict[str, Tensor] = {}
@@ -72,8 +95,8 @@ class Filling:
         found = {name for name in found if not OBSOLETE.fullmatch(name) and not name.endswith((BNB_SCALES, BNB_FORMAT))}
         if missing := sorted(self.missing - found):
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            shape = self.expected[missing[0]]
-            raise checks.invalid(self.source, f"tensor {missing[0]!r}", f"be {shape}", f"no tensor of that name{more}")
+            name, shape = self.shown(missing[0]), self.expected[missing[0]]
+            raise checks.invalid(self.source, f"tensor {name!r}", f"be {shape}", f"no tensor of that name{more}")
         if extra := sorted(found - set(self.expected)):
             more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
             raise checks.invalid(self.source, "the checkpoint", "hold GPT-J's tensors alone", f"{extra[0]!r}{more}")
@@ -81,7 +104,7 @@ class Filling:
     def check_shape(self, name: str, shape: Iterable[int]) -> None:
         if name in self.expected and tuple(shape) != self.expected[name]:
             expected = f"be {self.expected[name]}"
-            raise checks.invalid(self.source, f"tensor {name!r}", expected, f"shape {tuple(shape)}")
+            raise checks.invalid(self.source, f"tensor {self.shown(name)!r}", expected, f"shape {tuple(shape)}")
 
     def add(self, name: str, tensor: Tensor, scales: Tensor | None = None) -> None:
         """One tensor of the checkpoint; with `scales`, of bitsandbytes' int8."""
@@ -91,7 +114,7 @@ class Filling:
         if scales is not None:
             tensor = tensor.float() * (scales.float() / 127)[:, None]
         elif not tensor.is_floating_point():
-            raise checks.invalid(self.source, f"tensor {name!r}", "be floating point", str(tensor.dtype))
+            raise checks.invalid(self.source, f"tensor {self.shown(name)!r}", "be floating point", str(tensor.dtype))
         self.pending[name] = tensor
         target = self.target[name]
         if all(part in self.pending for part in self.groups[target]):
@@ -107,10 +130,10 @@ class Filling:
             try:
                 value = quantize_int8([part.to(self.device) for part in parts])
             except ValueError as error:  # NaN or Inf
-                raise ValueError(f"{self.source}: {self.groups[target][0]!r}: {error}") from error
+                raise ValueError(f"{self.source}: {self.shown(self.groups[target][0])!r}: {error}") from error
         else:
             value = torch.cat([part.detach().to(self.device, held.dtype) for part in parts])
-        setattr(owner, name, value)
+        put(owner, name, value)
 
     def done(self) -> nn.Module:
         self.check_names(set(self.expected) - self.missing)
@@ -133,11 +156,13 @@ def randomise(model: nn.Module, seed: int, device: torch.device | str | None = N
             value = _random_int8(*held.shape, std, generator)
         else:
             value = torch.empty_like(held, device=generator.device)
-            if value.ndim == 2:
+            if isinstance(held, nn.Parameter):
+                small_normal_(value, generator)
+            elif value.ndim == 2:
                 value.normal_(0, std, generator=generator)
             else:
                 value.fill_(name == "weight")
-        setattr(owner, name, value)
+        put(owner, name, value)
 
 
 def _random_int8(n: int, k: int, std: float, generator: torch.Generator) -> Int8Weight:

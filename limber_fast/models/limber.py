@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from limber_fast import checks
 from limber_fast.models import limber_files
 from limber_fast.models.encoders import ImageEncoder
-from limber_fast.models.gptj import GPTJ
+from limber_fast.models.gptj import GPTJ, GPTJConfig
 from limber_fast.models.gptj_attention import Prefix
-from limber_fast.models.gptj_model import IGNORE_INDEX
+from limber_fast.models.limber_model import IMAGE, Images, LimberModel, Part
 from limber_fast.ops.prefix_attention import PAGE_SIZE
-from limber_fast.ops.project_concat import project_concat
+
+__all__ = ["DECODING", "IMAGE", "Limber"]
 
 _OP = "Limber"
 # How `caption` and `answer` choose tokens. LiMBeR's own sampler keeps, of the probabilities before the temperature, the
@@ -27,13 +27,12 @@ DECODING: Mapping[str, Mapping[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "limber": {"temperature": 0.7, "top_p": 0.1, "nucleus_first": True},
 }
-IMAGE = object()  # a picture's place in a prompt
-Part = Any  # a text, token ids, or IMAGE
-Images = Sequence[Any] | Tensor
 Shot = tuple[Any, str, str]  # picture or its features [k, D], question, answer
+OnToken = Callable[[int, int, str], None]
+Progress = Callable[[int, int], None]
 
 
-class Limber(nn.Module):
+class Limber(LimberModel):
     """``GPT-J([ P f_1 + b, ..., P f_k + b, text ])`` with the encoder's features f of a picture; only P and b train.
 
     Args:
@@ -47,123 +46,24 @@ class Limber(nn.Module):
     Source: Merullo et al., arXiv 2209.15162; Eichenberg et al., arXiv 2112.05253 (MAGMA).
     """
 
-    def __init__(
-        self, encoder: ImageEncoder | None, language_model: GPTJ, tokenizer: Any = None, *, width: int | None = None,
-        dropout: float = 0.1, layer_norm: bool = False,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        if encoder is None and width is None:
-            raise checks.invalid(_OP, "width", "be given where encoder is None", "None")
-        checks.dropout(_OP, dropout, None)
-        self.encoder, self.language_model, self.tokenizer = encoder, language_model, tokenizer
-        embed = language_model.config.n_embd
-        self.projection = nn.Linear(width or encoder.width, embed)
-        self.layer_norm = nn.LayerNorm(embed) if layer_norm else None
-        self.dropout = dropout
-
-    @property
-    def image_token_id(self) -> int:
-        """Marks a soft prompt's place in token ids: the first id that no word has."""
-        return self.language_model.config.vocab_size
-
-    def train(self, mode: bool = True) -> Limber:
-        """Frozen parts stay in evaluation mode."""
-        super().train(mode)
-        for part in (self.encoder, self.language_model):
-            if part is not None and not any(p.requires_grad for p in part.parameters()):
-                part.eval()
-        return self
-
-    def encode(self, images: Images) -> Tensor:
-        """Features [n, k, D] of pictures (PIL images, or preprocessed [n, 3, H, W]); a tensor of rank 3 is features
-        already and passes through."""
-        if isinstance(images, Tensor) and images.ndim == 3:
-            if images.shape[2] != self.projection.in_features:
-                contract = f"be pictures, or features [n, k, {self.projection.in_features}]"
-                raise checks.invalid(_OP, "images", contract, checks.shape_of(images))
-            return images
-        if self.encoder is None:
-            contract = "be features [n, k, D] where there is no encoder"
-            raise checks.invalid(_OP, "images", contract, checks.kind_of(images))
-        tuned = self.training and any(p.requires_grad for p in self.encoder.parameters())
-        with torch.set_grad_enabled(tuned and torch.is_grad_enabled()):
-            if not isinstance(images, Tensor):
-                checks.pictures(_OP, images := list(images) if hasattr(images, "__iter__") else images)
-            return self.encoder(self.encoder.pixels(images))
-
-    def inputs_embeds(self, features: Tensor, prompts: Sequence[Sequence[Part]]) -> tuple[Tensor, list[int]]:
-        """All prompts' embedded tokens, one after another: [T, E] in the language model's dtype, and each one's length.
-
-        Args:
-            features: [n, k, D] of the pictures, in the order in which the prompts name them.
-            prompts: each a list of texts, token ids and `IMAGE`.
-        """
-        ids = [self.token_ids(prompt, features.shape[1]) for prompt in prompts]
-        return self._embed(features, torch.cat(ids)), [len(x) for x in ids]
-
-    def token_ids(self, prompt: Sequence[Part], k: int) -> Tensor:
-        """A prompt as ids, `image_token_id` k times for each picture."""
-        ids: list[int] = []
-        for part in prompt:
-            if part is IMAGE:
-                ids += [self.image_token_id] * k
-            elif isinstance(part, str):
-                ids += self._tokens(part)
-            else:
-                ids += [int(token) for token in part]
-        if not ids:
-            raise checks.invalid(_OP, "a prompt", "hold a picture or a token", "nothing")
-        return torch.tensor(ids, device=self.language_model.device)
-
-    def forward(self, images: Images, captions: Sequence[str | Sequence[int]], *, seed: int | None = None) -> Tensor:
-        """Mean cross entropy of captions behind their pictures, as LiMBeR trains: ``[picture][caption][end of text]``,
-        loss on the caption and the end alone.
-
-        Args:
-            images: n pictures or their features. captions: n texts, or token ids.
-            seed: of the dropout; by default from torch's generator.
-
-        A caption that does not fit into the language model's context is cut off.
-
-        Returns: 0-d fp32; gradients reach the projection, the LayerNorm and an encoder that is not frozen.
-        """
-        return self.loss(images, captions, seed=seed)[0]
-
-    def loss(
-        self, images: Images, captions: Sequence[str | Sequence[int]], *, seed: int | None = None
-    ) -> tuple[Tensor, int]:
-        """What `forward` gives, and the number of tokens that it is the mean of."""
-        captions = checks.listed_texts(_OP, "captions", captions)
-        features = self.encode(images)
-        if len(features) != len(captions):
-            raise checks.invalid(_OP, "captions", f"be {len(features)}, one for each picture", str(len(captions)))
-        config = self.language_model.config
-        end = config.eos_token_ids[:1]
-        room = config.n_positions - features.shape[1] - len(end)
-        texts = [[*(self._tokens(c) if isinstance(c, str) else list(c))[:room], *end] for c in captions]
-        ids = [self.token_ids([IMAGE, text], features.shape[1]) for text in texts]
-        x = self._embed(features, torch.cat(ids), self.dropout if self.training else 0.0, seed)
-        hidden = self.language_model.hidden_states(x, [len(row) for row in ids])
-        following = torch.cat([F.pad(row[1:], (0, 1), value=IGNORE_INDEX) for row in ids])
-        labels = following.masked_fill(following == self.image_token_id, IGNORE_INDEX)
-        return self.language_model.loss(hidden, labels), int((labels != IGNORE_INDEX).sum())
-
     def caption(
         self, images: Images, prompt: str = "A picture of", *, decoding: str = "greedy", max_new_tokens: int = 100,
-        seed: int | None = 0, on_token: Callable[[int, int, str], None] | None = None, **options: Any,
+        batch_size: int = 32, seed: int | None = 0, on_token: OnToken | None = None, progress: Progress | None = None,
+        **options: Any,
     ) -> list[str]:  # fmt: skip
         """What the model says behind each picture and `prompt`, without the prompt.
 
         Args:
             images: PIL images, preprocessed [n, 3, H, W], or features [n, k, D].
             decoding: a name in `DECODING`: 'greedy', or 'limber' for the paper's near-greedy sampler.
-            max_new_tokens, seed, on_token, options: of `GPTJ.generate`; options outrank `decoding`.
+            batch_size: pictures that are encoded and captioned at a time. It bounds memory and changes no draw.
+            on_token: called as (picture, token, text) with every token, as by `GPTJ.generate`.
+            progress: called as (captions done, n) behind every batch.
+            max_new_tokens, seed, options: of `GPTJ.generate`; options outrank `decoding`.
         """
-        if not isinstance(images, Tensor) and hasattr(images, "__len__") and not len(images):
-            return []
-        features = self.encode(images)
-        prompts = [[IMAGE, *([prompt] if prompt else [])]] * len(features)
-        return self._say(features, prompts, decoding, max_new_tokens, seed=seed, on_token=on_token, **options)
+        prompt_parts = [IMAGE, *([prompt] if prompt else [])]
+        options |= {"max_new_tokens": max_new_tokens, "seed": seed, "on_token": on_token}
+        return self._say(images, None, lambda row: prompt_parts, decoding, batch_size, progress, options)
 
     @torch.no_grad()
     def prefix(self, shots: Sequence[Shot], *, separator: str = "\n", room: int = 16_384) -> Prefix:
@@ -181,7 +81,8 @@ class Limber(nn.Module):
 
     def answer(
         self, images: Images, questions: Sequence[str], shots: Sequence[Shot] = (), *, prefix: Prefix | None = None,
-        decoding: str = "greedy", max_new_tokens: int = 10, separator: str = "\n", seed: int | None = 0, **options: Any,
+        decoding: str = "greedy", max_new_tokens: int = 10, batch_size: int = 32, separator: str = "\n",
+        seed: int | None = 0, on_token: OnToken | None = None, progress: Progress | None = None, **options: Any,
     ) -> list[str]:  # fmt: skip
         """Answers to one question for each picture: ``[picture] Q: question A:`` behind the shots.
 
@@ -191,57 +92,63 @@ class Limber(nn.Module):
                 are computed once, and every question goes on from there.
             prefix: of `self.prefix(shots)`, in the place of shots, where more calls follow.
             separator: behind each shot; what ends an answer too (LiMBeR published neither).
-            decoding, max_new_tokens, seed, options: as in `caption`.
+            decoding, max_new_tokens, batch_size, seed, on_token, progress, options: as in `caption`.
         """
-        questions, shots = checks.listed_texts(_OP, "questions", questions), list(shots)
-        options = {"seed": seed, **options}
-        features = self.encode(images)
-        if len(features) != len(questions):
-            raise checks.invalid(_OP, "questions", f"be {len(features)}, one for each picture", str(len(questions)))
+        questions, shots, images = checks.listed_texts(_OP, "questions", questions), list(shots), _listed(images)
         if shots and prefix is not None:
             raise checks.invalid(_OP, "prefix", "take the place of shots", "both")
-        prompts = [[IMAGE, f"Q: {question} A:"] for question in questions]
+        options |= {"max_new_tokens": max_new_tokens, "seed": seed, "on_token": on_token}
         if separator and not options.get("stop_strings"):
             options["stop_strings"] = separator
-        if not shots:
-            return self._say(features, prompts, decoding, max_new_tokens, prefix=prefix, **options)
-        tokens = sum(len(self.token_ids(prompt, features.shape[1])) for prompt in prompts)
-        room = max(1, tokens + len(prompts) * (max_new_tokens + PAGE_SIZE))
-        with self.prefix(shots, separator=separator, room=room) as prefix:
-            return self._say(features, prompts, decoding, max_new_tokens, prefix=prefix, **options)
 
+        def prompt(row: int) -> list[Part]:
+            return [IMAGE, f"Q: {questions[row]} A:"]
+
+        def say(prefix: Prefix | None) -> list[str]:
+            options["prefix"] = prefix
+            return self._say(images, questions, prompt, decoding, batch_size, progress, options)
+
+        if not shots or not questions:
+            return say(prefix)
+        checks.size(_OP, "batch_size", batch_size)
+        checks.size(_OP, "max_new_tokens", max_new_tokens)
+        longest = sorted((len(self._tokens(f"Q: {question} A:")) for question in questions), reverse=True)[:batch_size]
+        soft = images.shape[1] if self.encoder is None else self.encoder.tokens
+        room = sum(n + soft + max_new_tokens + PAGE_SIZE for n in longest)
+        with self.prefix(shots, separator=separator, room=max(1, room)) as prefix:
+            return say(prefix)
+
+    @torch.no_grad()
     def _say(
-        self, features: Tensor, prompts: list[list[Part]], decoding: str, max_new_tokens: int, **options: Any
-    ) -> list[str]:
+        self, images: Images, questions: Sequence[str] | None, prompt: Callable[[int], list[Part]], decoding: str,
+        batch_size: int, progress: Progress | None, options: dict[str, Any],
+    ) -> list[str]:  # fmt: skip
+        """Texts behind prompt(0), prompt(1), ..., a batch at a time."""
         checks.choice(_OP, "decoding", decoding, tuple(DECODING))
+        checks.size(_OP, "batch_size", batch_size)
         if self.tokenizer is None:
             raise checks.invalid(_OP, "tokenizer", "be given where texts are wanted", "None")
-        if not prompts:
+        count = len(images := _listed(images))
+        if questions is not None and len(questions) != count:
+            raise checks.invalid(_OP, "questions", f"be {count}, one for each picture", str(len(questions)))
+        if not count:
             return []
-        with torch.no_grad():
+        seed, on_token = options.pop("seed"), options.pop("on_token")
+        seed = int(torch.randint(2**62, ())) if seed is None else seed
+        found: list[str] = []
+        for start in range(0, count, batch_size):
+            features = self.encode(images[start : start + batch_size])
+            prompts = [prompt(start + row) for row in range(len(features))]
             rows, lengths = self.inputs_embeds(features, prompts)
-        found = self.language_model.generate(
-            inputs_embeds=list(rows.split(lengths)), max_new_tokens=max_new_tokens, tokenizer=self.tokenizer,
-            **{**DECODING[decoding], **options},
-        )  # fmt: skip
-        return [text.strip() for text in found.texts]
-
-    def _embed(self, features: Tensor, ids: Tensor, dropout: float = 0.0, seed: int | None = None) -> Tensor:
-        """[T] ids and the pictures' features to [T, E], in one launch."""
-        model, norm = self.language_model, self.layer_norm
-        features, weight, bias = (
-            x.to(model.device, model.dtype) for x in (features, self.projection.weight, self.projection.bias)
-        )
-        return project_concat(
-            features, weight, bias, ids[None], model.wte, image_token_id=self.image_token_id,
-            dropout_p=dropout, seed=seed,
-            layer_norm=None if norm is None else (norm.weight, norm.bias, norm.eps),
-        )[0]  # fmt: skip
-
-    def _tokens(self, text: str) -> list[int]:
-        if self.tokenizer is None:
-            raise checks.invalid(_OP, "tokenizer", "be given with texts", "None")
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids)  # some open or close every text
+            told = None if on_token is None else _shifted(on_token, start)
+            said = self.language_model.generate(
+                inputs_embeds=list(rows.split(lengths)), tokenizer=self.tokenizer, seed=seed + start, on_token=told,
+                **{**DECODING[decoding], **options},
+            )  # fmt: skip
+            found += [text.strip() for text in said.texts]
+            if progress is not None:
+                progress(len(found), count)
+        return found
 
     def load_projection(self, path: str | os.PathLike[str]) -> Limber:
         """P and b from LiMBeR's proj.ckpt (exactly the keys weight and bias), read with weights_only."""
@@ -249,9 +156,33 @@ class Limber(nn.Module):
         return self
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes limber.json and projection.safetensors: what was trained, and what it was trained for. The encoder and
-        the language model are not copied."""
+        """Writes limber.json and one file of tensors, an older Limber there being replaced in one rename: the map, the
+        LayerNorm, adapters, and an encoder that was tuned. Of a library's encoder and of the language model the folder
+        has nothing but, of the former, the name."""
         limber_files.save(self, Path(folder))
+
+    @classmethod
+    def from_magma(
+        cls, path: str | os.PathLike[str], tokenizer: Any = None, *, encoder: ImageEncoder | None = None,
+        config: GPTJConfig | None = None, device: torch.device | str | None = None, **precision: Any,
+    ) -> Limber:  # fmt: skip
+        """MAGMA's checkpoint: tuned encoder, projection, LayerNorm, and GPT-J with adapters, quantised on the way.
+
+        Args:
+            path: of torch.save, a state dict or DeepSpeed's {'module': state dict}; read with weights_only.
+            tokenizer: GPT-2's; MAGMA reads 50258 ids.
+            encoder: whose weights are replaced by the file's: by default RN50x16, as MAGMA's.
+            config: by default GPT-J-6B with adapters of width 1024.
+            precision: weights, compute, outlier_threshold and dtype, as of `GPTJ`.
+
+        Raises: ValueError with one line that names the tensor, what was expected and what was found.
+        """
+        from limber_fast.models import magma_files
+        from limber_fast.models.encoders import encoder as make_encoder
+
+        encoder = make_encoder("clip-random") if encoder is None else encoder
+        config = GPTJConfig(adapter_width=1024) if config is None else config
+        return magma_files.load(cls, Path(path), tokenizer, encoder, config, device, precision)
 
     @classmethod
     def from_pretrained(
@@ -260,3 +191,16 @@ class Limber(nn.Module):
     ) -> Limber:  # fmt: skip
         """A saved Limber on `language_model`, with the encoder of the saved name unless another, or None, is given."""
         return limber_files.load(cls, Path(folder), language_model, tokenizer, encoder)
+
+
+def _listed(images: Images) -> Images:
+    """A tensor as it is, pictures as a checked list, which may be empty."""
+    if not isinstance(images, Tensor):
+        images = list(images) if hasattr(images, "__iter__") else images
+        if images != []:
+            checks.pictures(_OP, images)
+    return images
+
+
+def _shifted(on_token: OnToken, start: int) -> OnToken:
+    return lambda row, token, text: on_token(start + row, token, text)

@@ -76,6 +76,13 @@ def test_nfrn50_crops_or_pads_with_zeros(pictures):
     assert small[:, :140].eq(0).all() and small[2, 192, 160] == 1
 
 
+def test_preprocessed_tensors_of_another_size():
+    found = encoder("timm:resnet18", weights=None)
+    for shape in ((1, 3, 200, 224), (2, 1, 224, 224), (3, 224, 224)):
+        with pytest.raises(ValueError, match=r"images must be pictures, or preprocessed to \[n, 3, 224, 224\]"):
+            found.pixels(torch.zeros(shape))
+
+
 def test_weights_from_a_file(tmp_path):
     state = encoder("timm:resnet18", weights=None, seed=5).trunk.state_dict()
     torch.save(state, tmp_path / "weights.pt")

@@ -1,5 +1,7 @@
 """Limber against the same written in plain PyTorch over transformers' GPT-J."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -166,14 +168,48 @@ def test_saves_what_was_trained(limber, tmp_path):
     assert torch.equal(again.projection.weight, limber.projection.weight) and again.encoder is None
     features = features_of(2)
     assert again.caption(features, max_new_tokens=6) == limber.caption(features, max_new_tokens=6)
-    assert sorted(p.name for p in (tmp_path / "map").iterdir()) == ["limber.json", "projection.safetensors"]
-    whole = (tmp_path / "map" / "projection.safetensors").read_bytes()
-    (tmp_path / "map" / "projection.safetensors").write_bytes(whole[:-9])
-    with pytest.raises(ValueError, match=r"projection\.safetensors: the file must be a state dict"):
+    data = tmp_path / "map" / json.loads((tmp_path / "map" / "limber.json").read_text())["file"]
+    assert {p.name for p in (tmp_path / "map").iterdir()} == {"limber.json", data.name}
+    whole = data.read_bytes()
+    data.write_bytes(whole[:-9])
+    with pytest.raises(ValueError, match=r"limber-.*\.safetensors: the file must be a state dict"):
         Limber.from_pretrained(tmp_path / "map", limber.language_model)
     (tmp_path / "map" / "limber.json").write_text('{"format": "other"}')
     with pytest.raises(ValueError, match=r"limber\.json: format must be"):
         Limber.from_pretrained(tmp_path / "map", limber.language_model)
+
+
+def test_a_save_is_whole_or_did_not_happen(limber, tmp_path, monkeypatch):
+    """Map and settings change together, in one rename; a failure at any moment before leaves the old folder."""
+    from limber_fast.models import limber_files
+
+    folder, replaced = tmp_path / "map", limber_files.replace
+    limber.save_pretrained(folder)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    limber.projection.bias.data += 1
+
+    def failing(name):
+        def replace(path, data):
+            if path.name.endswith(name):
+                raise OSError("no space left on device")
+            replaced(path, data)
+
+        return replace
+
+    for name in (".safetensors", ".json"):
+        monkeypatch.setattr(limber_files, "replace", failing(name))
+        with pytest.raises(OSError, match="no space"):
+            limber.save_pretrained(folder)
+        assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    monkeypatch.setattr(limber_files, "replace", replaced)
+    limber.save_pretrained(folder)
+    assert len(list(folder.iterdir())) == 2
+    again = Limber.from_pretrained(folder, limber.language_model)
+    assert torch.equal(again.projection.bias, limber.projection.bias)
+    found = json.loads((folder / "limber.json").read_text())
+    (folder / "limber.json").write_text(json.dumps(found | {"file": "../limber.safetensors"}))
+    with pytest.raises(ValueError, match="file must be the name of a file in the same folder"):
+        Limber.from_pretrained(folder, limber.language_model)
 
 
 def test_released_projection(limber, tmp_path):
@@ -252,3 +288,37 @@ def test_tokenizers_that_close_every_text(limber):
     plain = limber.token_ids([IMAGE, "abc"], K)
     limber.tokenizer = Closing()
     assert torch.equal(limber.token_ids([IMAGE, "abc"], K), plain)
+
+
+@pytest.mark.parametrize("decoding", ["greedy", "limber"])
+def test_batches_change_nothing(limber, decoding):
+    features = features_of(5)
+    whole = limber.caption(features, decoding=decoding, max_new_tokens=8)
+    done, pieces = [], {}
+
+    def on_token(row, token, text):
+        pieces[row] = pieces.get(row, "") + text
+
+    found = limber.caption(
+        features, decoding=decoding, max_new_tokens=8, batch_size=2, on_token=on_token,
+        progress=lambda n, of: done.append((n, of)),
+    )  # fmt: skip
+    assert found == whole and done == [(2, 5), (4, 5), (5, 5)]
+    assert [pieces[row].strip() for row in range(5)] == whole
+    questions, shots = ["a", "what is it?", "why?", "b", "where"], [(features[0], "what?", "fox")]
+    whole = limber.answer(features, questions, shots, decoding=decoding, max_new_tokens=6)
+    done.clear()
+    found = limber.answer(features, questions, shots, decoding=decoding, max_new_tokens=6, batch_size=2,
+                          on_token=on_token, progress=lambda n, of: done.append((n, of)))  # fmt: skip
+    assert found == whole and done[-1] == (5, 5)
+    with pytest.raises(ValueError, match="batch_size must be a whole number of at least 1"):
+        limber.caption(features, batch_size=0)
+
+
+def test_a_text_that_spells_the_end_of_text_does_not_end(limber):
+    text = "a <|endoftext|> b<|endoftext|>"
+    ids = limber.token_ids([text], K).tolist()
+    assert 0 not in ids and limber.tokenizer.decode(ids) == text
+    assert 0 in limber.tokenizer(text).input_ids  # which is what a tokenizer makes of it by itself
+    whole = limber(features_of(1), [text])
+    assert torch.equal(whole, limber(features_of(1), [ids]))
