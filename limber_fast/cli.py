@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from limber_fast import __version__
+from limber_fast.evaluate_flags import add_tasks
 
 if TYPE_CHECKING:
     from limber_fast.console import Console
@@ -93,34 +94,8 @@ def build_parser() -> argparse.ArgumentParser:
         "bounds; -k is then a part of a kernel's name",
     )  # fmt: skip
 
-    evaluate = commands.add_parser("evaluate", help="score files of captions or answers against references")
-    tasks = evaluate.add_subparsers(title="tasks", dest="task", metavar="TASK", required=True)
-    caption = tasks.add_parser("caption", help="CIDEr-D, exact match, CLIPScore on COCO or NoCaps captions")
-    vqa = tasks.add_parser("vqa", help="VQA accuracy and exact match on VQAv2")
-    caption.add_argument("predictions", type=Path, help='JSON: [{"image_id": ..., "caption": ...}, ...]')
-    caption.add_argument("--references", type=Path, required=True, metavar="JSON", help="COCO or NoCaps captions file")
-    caption.add_argument("--nocaps", action="store_true", help="the references have domains: report them too")
-    caption.add_argument(
-        "--clip",
-        type=_scorer,
-        metavar="MODEL:WEIGHTS",
-        help="open_clip scorer for CLIPScore, as ViT-B-32-quickgelu:openai",
-    )
-    vqa.add_argument("predictions", type=Path, help='JSON: [{"question_id": ..., "answer": ...}, ...]')
-    vqa.add_argument("--questions", type=Path, required=True, metavar="JSON", help="VQAv2 questions file")
-    vqa.add_argument("--annotations", type=Path, required=True, metavar="JSON", help="VQAv2 annotations file")
-    vqa.add_argument("--file-name", metavar="PATTERN", help="of images, default COCO_{subset}_{image_id:012d}.jpg")
-    vqa.add_argument("--whole-answers", action="store_true", help="do not cut answers to the references' length")
-    for task in (caption, vqa):
-        task.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of the image files")
-        task.add_argument(
-            "--against", type=_named_path, action="append", default=[], metavar="NAME=JSON",
-            help="predictions to compare with, as blind=blind.json; may be given more than once",
-        )  # fmt: skip
-        task.add_argument("--subset", action="store_true", help="score only what has predictions")
-        task.add_argument("--output", type=Path, default=Path("limber_fast_evaluation"), metavar="DIR")
-        task.add_argument("--examples", type=int, default=24, help="random images on the page (default: %(default)s)")
-        task.add_argument("--seed", type=int, default=0, help="of examples and intervals (default: %(default)s)")
+    evaluate = commands.add_parser("evaluate", help="score captions, answers, or an image model, and write a page")
+    add_tasks(evaluate)
 
     limber = commands.add_parser("train-limber", help="train LiMBeR's linear map between an encoder and an int8 GPT-J")
     limber.add_argument("--resume", action="store_true", help="continue from the checkpoint in the output folder")
@@ -223,19 +198,6 @@ def _evaluate(args: argparse.Namespace, console: Console) -> int | None:
     from limber_fast import evaluate
 
     return evaluate.main(args, console)
-
-
-def _scorer(text: str) -> str:
-    if not all(text.partition(":")):
-        raise argparse.ArgumentTypeError(f"must be MODEL:WEIGHTS, as random weights score nothing; got {text}")
-    return text
-
-
-def _named_path(text: str) -> tuple[str, Path]:
-    name, equals, path = text.partition("=")
-    if not (name and equals and path):
-        raise argparse.ArgumentTypeError(f"must be NAME=JSON; got {text}")
-    return name, Path(path)
 
 
 def _positive(kind: type) -> Callable[[str], float]:

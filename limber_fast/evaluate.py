@@ -1,4 +1,4 @@
-"""`limber-fast evaluate caption | vqa`: files of predictions against references, as JSON and one page."""
+"""`limber-fast evaluate`: files of predictions, or image models, against the truth, as JSON and one page."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ FAILED = 1
 
 def main(args: argparse.Namespace, console: Console) -> int | None:
     """Runs one task and returns the exit code."""
-    names = [MODEL, *(name for name, _ in args.against)]
+    names = [MODEL, *(name for name, _ in getattr(args, "against", ()))]
     if len(set(names)) < len(names):
         console.error(f"--against needs names that differ from each other and from {MODEL!r}; got {names[1:]}")
         return FAILED
     skipped = Skipped()
     try:
-        scored, shown = (_captions if args.task == "caption" else _answers)(args, skipped)
-    except BrokenIndex as error:
+        scored, shown = _TASKS[args.task](args, skipped, console)
+    except ValueError as error:  # a broken index, or a name that is no model's
         console.error(str(error))
         return FAILED
     args.output.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def _predictions(args: argparse.Namespace, key: str, value: str, ids: Sequence) 
     return found
 
 
-def _captions(args: argparse.Namespace, skipped: Skipped) -> tuple[Scored, list[Shown]]:
+def _captions(args: argparse.Namespace, skipped: Skipped, console: Console) -> tuple[Scored, list[Shown]]:
     read = read_nocaps if args.nocaps else read_coco_captions
     records = [record for record in read(args.references, args.images) if record.captions]
     if not records:
@@ -78,7 +78,7 @@ def _captions(args: argparse.Namespace, skipped: Skipped) -> tuple[Scored, list[
     return scored, shown
 
 
-def _answers(args: argparse.Namespace, skipped: Skipped) -> tuple[Scored, list[Shown]]:
+def _answers(args: argparse.Namespace, skipped: Skipped, console: Console) -> tuple[Scored, list[Shown]]:
     questions = read_vqa(args.questions, args.annotations, args.images, file_name=args.file_name or COCO_FILE)
     if not questions:
         raise BrokenIndex(f"{args.questions}: no questions")
@@ -108,3 +108,18 @@ def _scorer(name: str):
         return {"CLIPScore": found.clip_score, "RefCLIPScore": found.ref_clip_score}
 
     return score
+
+
+def _zero_shot(args: argparse.Namespace, skipped: Skipped, console: Console) -> tuple[Scored, list[Shown]]:
+    from limber_fast.evaluate_images import zero_shot
+
+    return zero_shot(args, skipped, console)
+
+
+def _linear_probe(args: argparse.Namespace, skipped: Skipped, console: Console) -> tuple[Scored, list[Shown]]:
+    from limber_fast.evaluate_images import linear_probe
+
+    return linear_probe(args, skipped, console)
+
+
+_TASKS = {"caption": _captions, "vqa": _answers, "zero-shot": _zero_shot, "linear-probe": _linear_probe}

@@ -9,10 +9,27 @@ from sklearn.preprocessing import StandardScaler
 
 Labelled = tuple[np.ndarray, np.ndarray]
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
+LIMITS = (1e-6, 1e6)
 
 
 def _probe(strength: float) -> Pipeline:
     return make_pipeline(StandardScaler(), LogisticRegression(C=strength, solver="lbfgs", max_iter=1000))
+
+
+def fit_probe(train: Labelled, validation: Labelled, *, search: bool = False) -> tuple[float, Pipeline]:
+    """(C, the probe fitted on both), with C chosen on `validation` among `STRENGTHS`.
+
+    Args: search: go on in steps of ten, within `LIMITS`, while the best C is the first or the last.
+    """
+    scores = {c: _probe(c).fit(*train).score(*validation) for c in STRENGTHS}
+    while True:
+        best = max(scores, key=scores.__getitem__)
+        beyond = {min(scores): best / 10, max(scores): best * 10}.get(best, 0.0)
+        if not search or not LIMITS[0] <= beyond <= LIMITS[1]:
+            break
+        scores[beyond] = _probe(beyond).fit(*train).score(*validation)
+    both = [np.concatenate(pair) for pair in zip(train, validation, strict=True)]
+    return best, _probe(best).fit(*both)
 
 
 def linear_probe(train: Labelled, validation: Labelled, tests: dict[str, Labelled]) -> dict[str, float]:
@@ -21,8 +38,5 @@ def linear_probe(train: Labelled, validation: Labelled, tests: dict[str, Labelle
     Args:
         train, validation, tests[name]: (features [N, D], labels [N]); validation shares no family with train.
     """
-    scores = {c: _probe(c).fit(*train).score(*validation) for c in STRENGTHS}
-    best = max(scores, key=scores.__getitem__)
-    both = [np.concatenate(pair) for pair in zip(train, validation, strict=True)]
-    probe = _probe(best).fit(*both)
+    best, probe = fit_probe(train, validation)
     return {"C": best, **{name: 100 * probe.score(*test) for name, test in tests.items()}}

@@ -116,7 +116,7 @@ def score_caption_files(
     if len(kept) > 1:
         texts["shuffled"] = [predictions[MODEL][name] for name in shuffled_images(ids, seed)]
     texts["best reference"] = _best_references(references, frequency[ALL], tokenize)
-    groups = _groups(domains)
+    groups = groups_of(domains)
     scores, within = {}, {}
     for row, captions in texts.items():
         if all(domains):
@@ -173,12 +173,12 @@ def score_vqa_files(questions: Sequence[Question], predictions: dict[str, dict],
         }
         for row, answers in texts.items()
     }
-    groups = _groups([question.answer_type for question in kept])
+    groups = groups_of([question.answer_type for question in kept])
     ids, images = [question.question_id for question in kept], [question.image_id for question in kept]
     return Scored(ids, images, texts, scores, groups)
 
 
-def _groups(kinds: Sequence[str]) -> dict[str, np.ndarray]:
+def groups_of(kinds: Sequence[str]) -> dict[str, np.ndarray]:
     kinds = np.array(kinds)
     return {str(kind): np.flatnonzero(kinds == kind) for kind in sorted(set(kinds.tolist())) if kind} | {
         ALL: np.arange(len(kinds))

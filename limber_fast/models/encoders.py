@@ -114,7 +114,8 @@ def _load(trunk: nn.Module, weights: Any) -> nn.Module:
     return trunk
 
 
-def _open_clip(name: str, model: str, weights: Any) -> ImageEncoder:
+def open_clip_model(name: str, model: str, weights: Any) -> tuple[nn.Module, Callable[[Any], Tensor]]:
+    """(CLIP, its preprocessing) by the name that open_clip has for it; weights as of `encoder`."""
     open_clip = needed("open_clip", f"encoder {name!r}")
     if open_clip.get_model_config(model) is None:
         raise checks.invalid(_OP, "name", "be a model of open_clip.list_models()", repr(model))
@@ -128,10 +129,13 @@ def _open_clip(name: str, model: str, weights: Any) -> ImageEncoder:
     ):
         raise checks.invalid(_OP, "weights", f"be a file or one of {', '.join(tags)}", repr(weights))
     found = open_clip.create_model(model, pretrained=None if weights is None else str(weights)).eval()
+    config = open_clip.transform.PreprocessCfg(**found.visual.preprocess_cfg)
+    return found, open_clip.transform.image_transform_v2(config, is_train=False)
+
+
+def _open_clip(name: str, model: str, weights: Any) -> ImageEncoder:
+    found, preprocess = open_clip_model(name, model, weights)
     visual, size = found.visual, found.visual.image_size
-    preprocess = open_clip.transform.image_transform_v2(
-        open_clip.transform.PreprocessCfg(**visual.preprocess_cfg), is_train=False
-    )
     if hasattr(visual, "attnpool"):  # open_clip's ModifiedResNet
         visual.attnpool = nn.Identity()
         take = _grid
@@ -146,14 +150,20 @@ def _grid(trunk: nn.Module, images: Tensor) -> Tensor:
     return trunk(images).flatten(2).mT
 
 
-def _timm(name: str, model: str, weights: Any) -> ImageEncoder:
+def timm_model(name: str, model: str, weights: Any) -> tuple[nn.Module, Callable[[Any], Tensor], tuple[int, int]]:
+    """(model without its classifier, its preprocessing, (H, W)) by the name that timm has for it."""
     timm = needed("timm", f"encoder {name!r}")
     if not timm.is_model(model.partition(".")[0]):
         raise checks.invalid(_OP, "name", "be a model of timm.list_models()", repr(model))
     trunk = _of_timm(timm, model, weights)
     data = timm.data.resolve_model_data_config(trunk)
     transform = timm.data.create_transform(**data, is_training=False)
-    return ImageEncoder(name, trunk, _timm_features, lambda image: transform(_rgb(image)), data["input_size"][1:])
+    return trunk, lambda image: transform(_rgb(image)), tuple(data["input_size"][1:])
+
+
+def _timm(name: str, model: str, weights: Any) -> ImageEncoder:
+    trunk, preprocess, size = timm_model(name, model, weights)
+    return ImageEncoder(name, trunk, _timm_features, preprocess, size)
 
 
 def _of_timm(timm: Any, model: str, weights: Any) -> nn.Module:

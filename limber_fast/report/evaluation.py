@@ -27,14 +27,24 @@ NOTES = {
         "VQA accuracy: mean over the annotators left out in turn, after the official normalisation; min(n/3, 1): all "
         "annotators at once. majority: the most frequent answer of these very annotators, alone or by question type."
     ),
+    "zero-shot": (
+        "Percent of images whose class is the first, or among the first five; a tie counts against the model. A class "
+        "is the mean of its prompts' features. shuffled: the model's ranking given to other images. majority: the most "
+        "frequent classes of these very images."
+    ),
+    "linear-probe": (
+        "Percent of images whose class is the first, or among the first five; a tie counts against the model. Logistic "
+        "regression on frozen features, its strength chosen on images held out of training. shuffled: the model's "
+        "ranking given to other images. majority: the most frequent classes of the training images."
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What the page shows of an entry: its image's file, a title, and named lines."""
+    """What the page shows of an entry: its image's file or content, a title, and named lines."""
 
-    image: Path
+    image: Path | bytes
     title: str
     lines: list[tuple[str, str]]
 
@@ -57,7 +67,7 @@ def write_result(path: Path, scored: Scored, args: argparse.Namespace, skipped: 
     settings = {name: str(value) for name, value in vars(args).items() if name not in ("run", "against", "command")}
     result = {
         "limber_fast": __version__,
-        "settings": settings | {"against": {name: str(file) for name, file in args.against}},
+        "settings": settings | {"against": {name: str(file) for name, file in getattr(args, "against", ())}},
         "groups": groups,
         "skipped": [{"image": image.name, "reason": image.reason} for image in skipped.images],
         "entries": [
@@ -104,7 +114,7 @@ def write_page(
     metric, best = next(iter(result["groups"][ALL]["rows"][MODEL].items()))
     lead = "{} {mean:.1f}, 95% interval {low:.1f} to {high:.1f}, {} entries.".format(metric, len(scored.ids), **best)
     content = (
-        f"<h1>{page.escape(args.predictions.name)}</h1>",
+        f"<h1>{page.escape(args.predictions.name if 'predictions' in args else args.model)}</h1>",
         page.paragraph(lead, "lead"),
         page.paragraph(NOTES[args.task] + " Intervals: 95%, resampled images.", "note"),
         *tables,

@@ -1,0 +1,68 @@
+"""The flags of `limber-fast evaluate`. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_tasks(evaluate: argparse.ArgumentParser) -> None:
+    """caption, vqa, zero-shot and linear-probe."""
+    tasks = evaluate.add_subparsers(title="tasks", dest="task", metavar="TASK", required=True)
+    caption = tasks.add_parser("caption", help="CIDEr-D, exact match, CLIPScore on COCO or NoCaps captions")
+    vqa = tasks.add_parser("vqa", help="VQA accuracy and exact match on VQAv2")
+    caption.add_argument("predictions", type=Path, help='JSON: [{"image_id": ..., "caption": ...}, ...]')
+    caption.add_argument("--references", type=Path, required=True, metavar="JSON", help="COCO or NoCaps captions file")
+    caption.add_argument("--nocaps", action="store_true", help="the references have domains: report them too")
+    caption.add_argument(
+        "--clip",
+        type=_scorer,
+        metavar="MODEL:WEIGHTS",
+        help="open_clip scorer for CLIPScore, as ViT-B-32-quickgelu:openai",
+    )
+    vqa.add_argument("predictions", type=Path, help='JSON: [{"question_id": ..., "answer": ...}, ...]')
+    vqa.add_argument("--questions", type=Path, required=True, metavar="JSON", help="VQAv2 questions file")
+    vqa.add_argument("--annotations", type=Path, required=True, metavar="JSON", help="VQAv2 annotations file")
+    vqa.add_argument("--file-name", metavar="PATTERN", help="of images, default COCO_{subset}_{image_id:012d}.jpg")
+    vqa.add_argument("--whole-answers", action="store_true", help="do not cut answers to the references' length")
+    for task in (caption, vqa):
+        task.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of the image files")
+        task.add_argument(
+            "--against", type=_named_path, action="append", default=[], metavar="NAME=JSON",
+            help="predictions to compare with, as blind=blind.json; may be given more than once",
+        )  # fmt: skip
+        task.add_argument("--subset", action="store_true", help="score only what has predictions")
+
+    zero = tasks.add_parser("zero-shot", help="CLIP's zero-shot classification of images in folders of classes")
+    probe = tasks.add_parser("linear-probe", help="logistic regression on frozen image features")
+    probe.add_argument("--train", required=True, metavar="DIR", help="training images, DIR/CLASS/...; or 'emoji'")
+    probe.add_argument("--validation", metavar="DIR", help="to choose C on; by default a fifth of the training images")
+    zero.add_argument(
+        "--templates", default="", metavar="SET",
+        help="'openai' (CLIP's 80 prompts for ImageNet), 'simple' (7), or a file with one a line, {} being the class; "
+        "by default the model's own: openai for open_clip's",
+    )  # fmt: skip
+    for task in (zero, probe):
+        task.add_argument("model", help="open_clip:MODEL, timm:MODEL (linear-probe alone) or demo:CHECKPOINT")
+        task.add_argument("--weights", default="", help="a pre-trained set's name, a file, or 'random'")
+        task.add_argument("--images", required=True, metavar="DIR", help="test images, DIR/CLASS/...; or 'emoji'")
+        task.add_argument("--names", metavar="JSON", help="an object from folders to what their classes are called")
+        task.add_argument("--batch-size", type=int, default=64, help="images at a time (default: %(default)s)")
+
+    for task in (caption, vqa, zero, probe):
+        task.add_argument("--output", type=Path, default=Path("limber_fast_evaluation"), metavar="DIR")
+        task.add_argument("--examples", type=int, default=24, help="random images on the page (default: %(default)s)")
+        task.add_argument("--seed", type=int, default=0, help="of examples and intervals (default: %(default)s)")
+
+
+def _scorer(text: str) -> str:
+    if not all(text.partition(":")):
+        raise argparse.ArgumentTypeError(f"must be MODEL:WEIGHTS, as random weights score nothing; got {text}")
+    return text
+
+
+def _named_path(text: str) -> tuple[str, Path]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"must be NAME=JSON; got {text}")
+    return name, Path(path)
