@@ -12,17 +12,27 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from limber_fast import GPTJ, Limber
+from limber_fast import GPTJ, Limber, checks
 from limber_fast.console import Console
 from limber_fast.data.captions import read_coco_captions, read_limber_folder
+from limber_fast.data.shard_index import ShardIndex
 from limber_fast.models.encoders import encoder as make_encoder
 from limber_fast.optional import needed
 from limber_fast.training.checkpoint import LIMBER, CheckpointError, load_checkpoint
 from limber_fast.training.interrupt import EXIT_CODE
 from limber_fast.training.limber import LimberTrainer
 from limber_fast.training.limber_config import LimberTrainConfig, from_flags
-from limber_fast.training.limber_data import EmojiPairs, Features, FilePairs, Pairs, cached_features, features_key
+from limber_fast.training.limber_data import (
+    EmojiPairs,
+    Features,
+    FilePairs,
+    Pairs,
+    ShardPairs,
+    cached_features,
+    features_key,
+)
 
 FAILED = 1
 
@@ -80,7 +90,7 @@ def processes() -> Iterator[tuple[int, int]]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    # The others wait while the first one encodes: hours, for millions of pictures.
+    # Shares of the encoding end at different times, and millions of pictures take hours.
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=2))
     try:
         yield dist.get_rank(), dist.get_world_size()
@@ -96,6 +106,12 @@ def build(config: LimberTrainConfig) -> Limber:
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.tokenizer or config.language_model)
     weights = {"": True, "random": None}.get(config.encoder_weights, config.encoder_weights)
     encoder = make_encoder(config.encoder, weights=weights, seed=config.seed)
+    given = language_model.config.adapter_width
+    if config.adapters and given is None:
+        language_model.add_adapters(config.adapters, seed=config.seed)
+    elif config.adapters and config.adapters != given:
+        raise checks.invalid("train-limber", "adapters", f"be {given}, as the language model's", repr(config.adapters))
+    language_model.gradient_checkpointing = config.grad_checkpointing
     torch.manual_seed(config.seed)
     limber = Limber(encoder, language_model, tokenizer, dropout=config.dropout, layer_norm=config.layer_norm)
     return limber.to(device)
@@ -104,6 +120,8 @@ def build(config: LimberTrainConfig) -> Limber:
 def pairs_of(config: LimberTrainConfig) -> Pairs:
     if config.data == "emoji":
         return EmojiPairs()
+    if config.data.endswith(".tar"):
+        return ShardPairs(ShardIndex(config.data.split(",")))
     if config.data.endswith(".json"):
         return FilePairs(read_coco_captions(config.data, config.images))
     return FilePairs(list(read_limber_folder(config.data)))
@@ -112,18 +130,13 @@ def pairs_of(config: LimberTrainConfig) -> Pairs:
 def _features(
     limber: Limber, pairs: Pairs, config: LimberTrainConfig, folder: Path, rank: int, console: Console
 ) -> Features | None:
-    """The cache, made by the first process while the others wait."""
+    """The cache; every process encodes its share."""
     if config.tuned or not config.cache_features:
         return None
     key = features_key(limber, pairs)
-    if rank:
-        dist.barrier()
-        return cached_features(limber, pairs, folder, key)
-    with console.progress("encoding", len(pairs)) as update:
-        features = cached_features(limber, pairs, folder, key, lambda done, of: update(done))
-    if dist.is_initialized():
-        dist.barrier()
-    if features.skipped:
+    with console.progress("encoding", 1) as update:
+        features = cached_features(limber, pairs, folder, key, lambda done, of: update(done / of))
+    if features.skipped and not rank:
         (folder / "skipped.txt").write_text("\n".join(features.skipped) + "\n", encoding="utf-8")
         console.print(f"{len(features.skipped)} pictures could not be read: {folder / 'skipped.txt'}")
     return features
@@ -134,7 +147,7 @@ def dry_run(limber: Limber, pairs: Pairs, config: LimberTrainConfig, world: int,
     encoder, gptj = limber.encoder, limber.language_model
     trainer = LimberTrainer(limber, pairs, config)
     limber.train()
-    trainer.micro_loss(range(1))  # the first call pays for what later ones reuse
+    kept = activation_bytes(trainer)  # and the first call pays for what later ones reuse
     started = time.perf_counter()
     share = -(-config.batch_size // world)
     micro = min(config.micro_batch, share)
@@ -150,6 +163,7 @@ def dry_run(limber: Limber, pairs: Pairs, config: LimberTrainConfig, world: int,
         ("soft prompts of a picture", f"{encoder.tokens} x {encoder.width} -> {encoder.tokens} x {gptj.config.n_embd}"),
         ("trained", f"{trained / 1e6:.2f} M parameters, {16 * trained / 2**20:.1f} MiB with gradients and optimizer"),
         ("language model", f"{frozen / 2**20:.0f} MiB"),
+        ("activations", f"{kept * micro / 2**20:.0f} MiB kept for the backward pass of {micro} such captions"),
         ("features on disk", f"{cache / 2**20:.0f} MiB" if config.cache_features and not config.tuned else "not kept"),
         ("batch", f"{config.batch_size} = {world} x {micros} x {micro} pictures"),
         ("a step", f"{micros * seconds:.1f} s, with the encoder's time"),
@@ -157,6 +171,32 @@ def dry_run(limber: Limber, pairs: Pairs, config: LimberTrainConfig, world: int,
     ]
     console.table("Dry run", ("", ""), rows)
     return 0
+
+
+def activation_bytes(trainer: LimberTrainer) -> int:
+    """What the first picture's forward pass keeps for the backward pass, without parameters and frozen weights; with
+    gradient checkpointing the inputs of all blocks and one block's own, as that is what there is at a time."""
+    limber, model = trainer.limber, trainer.limber.language_model
+    frozen = {x.untyped_storage().data_ptr() for x in (*limber.parameters(), *limber.buffers())}
+    kept: dict[int, int] = {}
+    inputs: list[int] = []
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    hook = model.h[0].register_forward_pre_hook(lambda block, given: inputs.append(given[0].nbytes))
+    again, model.gradient_checkpointing = model.gradient_checkpointing, False
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            found = trainer.micro_loss(range(1))  # alive until the sum is taken: no storage takes another's place
+        total = sum(size for at, size in kept.items() if at not in frozen)
+        del found
+    finally:
+        hook.remove()
+        model.gradient_checkpointing = again
+    return total // len(model.h) + sum(inputs) * len(model.h) if again else total
 
 
 def tensorboard(folder: Path):

@@ -61,24 +61,24 @@ def read_shard(path: str | Path) -> Iterator[CaptionedImage | Broken]:
     key = "the first sample"
     try:
         with tarfile.open(path) as file:
-            for key, members in groupby(filter(tarfile.TarInfo.isfile, file), _key):
-                parts = {_extension(member): file.extractfile(member).read() for member in members}
-                yield _sample(path, key, parts)
+            for key, members in groupby(filter(tarfile.TarInfo.isfile, file), key_of):
+                parts = {extension_of(member): file.extractfile(member).read() for member in members}
+                yield sample_of(path, key, parts)
     except (tarfile.TarError, EOFError) as error:
         raise BrokenIndex(f"{path}, at {key}: not a whole tar file: {error}") from None
 
 
-def _key(member: tarfile.TarInfo) -> str:
+def key_of(member: tarfile.TarInfo) -> str:
     """The path up to the first dot of the file's name."""
     name = PurePosixPath(member.name)
     return (name.parent / name.name.partition(".")[0]).as_posix()
 
 
-def _extension(member: tarfile.TarInfo) -> str:
+def extension_of(member: tarfile.TarInfo) -> str:
     return PurePosixPath(member.name).name.partition(".")[2].lower()
 
 
-def _sample(path: Path, key: str, parts: dict[str, bytes]) -> CaptionedImage | Broken:
+def sample_of(path: Path, key: str, parts: dict[str, bytes]) -> CaptionedImage | Broken:
     name = f"{path.name}: {key}"
     image = next((parts[kind] for kind in IMAGES if kind in parts), None)
     if image is None:

@@ -20,7 +20,7 @@ class ClipTrainConfig:
     Attributes:
         model: a name of `open_clip.list_models()`, or the .json file of such a model's configuration.
         data: 'emoji', or a folder in LiMBeR's layout (images/<n>/*.jpg, image_data/<n>/*.json), or a captions file of
-            COCO (.json), whose pictures are in the folder `images`.
+            COCO (.json), whose pictures are in the folder `images`, or WebDataset shards, as 'cc3m-{00000..00331}.tar'.
         output: folder for the checkpoint, the log and the weights.
         loss: 'clip' (softmax) or 'siglip' (sigmoid, with a learnable bias).
         steps, batch_size: optimiser steps, and pairs in each, over all processes.

@@ -22,6 +22,10 @@ from limber_fast.training.limber_data import Features, Pairs, read_image
 Watch = Callable[[int, dict[str, float]], None]
 
 
+# What may change between a checkpoint and the run that goes on from it: nothing of these reaches a weight.
+FREE = {"output", "save_every", "tensorboard", "grad_checkpointing"}
+
+
 def linear_decay(step: int, warmup: int, steps: int) -> float:
     """Learning-rate factor of a step: rises linearly over `warmup` steps, falls linearly to 0 at `steps`."""
     return min((step + 1) / max(warmup, 1), (steps - step) / (steps - warmup), 1.0)
@@ -47,6 +51,8 @@ class LimberTrainer:
         self.stop_wanted = self.stopped = False
         if limber.encoder is not None:
             limber.encoder.requires_grad_(config.tuned)
+        if limber.language_model.config.adapter_width is not None:
+            limber.language_model.train_adapters(config.adapters > 0)
         groups = [{"params": self.trained_of(limber), "lr": config.learning_rate}]
         if config.tuned:
             groups.append({"params": list(limber.encoder.parameters()), "lr": config.encoder_learning_rate})
@@ -59,7 +65,8 @@ class LimberTrainer:
     @staticmethod
     def trained_of(limber: Limber) -> list[nn.Parameter]:
         parts = [limber.projection, *([] if limber.layer_norm is None else [limber.layer_norm])]
-        return [p for part in parts for p in part.parameters()]
+        adapters = [p for p in limber.language_model.adapters.parameters() if p.requires_grad]
+        return [*(p for part in parts for p in part.parameters()), *adapters]
 
     def positions(self, step: int) -> range:
         """What this process takes of a step: places in the endless sequence of shuffled epochs."""
@@ -82,7 +89,8 @@ class LimberTrainer:
         """Mean cross entropy of a micro-batch and its number of tokens; None where no picture of it could be read."""
         drawn = [self.draw(position) for position in positions]
         if self.features is not None:
-            images, captions = self.features.values[[index for index, _ in drawn]], [text for _, text in drawn]
+            images = self.features.values[[self.rows[index] for index, _ in drawn]]
+            captions = [text for _, text in drawn]
         else:
             read = [(read_image(self.pairs, self.rows[i], self.skipped), text) for i, text in drawn]
             images, captions = ([pair[at] for pair in read if pair[0] is not None] for at in (0, 1))
@@ -185,8 +193,8 @@ class LimberTrainer:
         Raises: ValueError where it was made with other settings than these (but for steps saved, and where to).
         """
         ours, theirs = self.config.to_dict(), state["config"]
-        for name in sorted(ours):
-            if name not in ("output", "save_every", "tensorboard") and ours[name] != theirs.get(name):
+        for name in sorted(set(ours) - FREE):
+            if ours[name] != theirs.get(name):
                 raise ValueError(f"restore: {name} was {theirs.get(name)!r} in the checkpoint; got {ours[name]!r}")
         processes = dist.get_world_size() if dist.is_initialized() else 1
         if processes != state["processes"]:

@@ -20,7 +20,8 @@ class LimberTrainConfig:
     Attributes:
         language_model: folder of a GPT-J, of Hugging Face or of `GPTJ.save_pretrained`.
         data: 'emoji', or a folder in LiMBeR's layout (images/<n>/*.jpg, image_data/<n>/*.json), or a captions file of
-            COCO (.json), whose pictures are in the folder `images`.
+            COCO (.json), whose pictures are in the folder `images`, or WebDataset shards, as 'cc3m-{00000..00331}.tar';
+            several patterns with commas between them.
         output: folder for the checkpoint, the log and the trained map.
         encoder: a name of `limber_fast.models.encoders.encoder`.
         encoder_weights: file of its weights; '' for the pre-trained ones, 'random' for none.
@@ -31,6 +32,9 @@ class LimberTrainConfig:
             falls linearly to 0 at `steps`; grad_clip 0 clips nothing.
         encoder_learning_rate: above 0 the encoder is tuned at this rate (2e-6 for 'NFRN50 tuned').
         dropout, layer_norm: of the soft prompts; layer_norm as in MAGMA.
+        adapters: above 0 MAGMA's adapters of this width (a quarter of the language model's there) are trained too, at
+            `learning_rate`.
+        grad_checkpointing: keep the input of each block of the language model alone, and compute blocks twice.
         cache_features: run a frozen encoder once over all pictures and keep the features in a file of `output`.
         save_every: steps between checkpoints. seed: of the map's first weights, the order, captions and dropout.
         tensorboard: also log there.
@@ -57,6 +61,8 @@ class LimberTrainConfig:
     encoder_learning_rate: float = 0.0
     dropout: float = 0.1
     layer_norm: bool = False
+    adapters: int = 0
+    grad_checkpointing: bool = False
     cache_features: bool = False
     save_every: int = 100
     seed: int = 0
@@ -66,7 +72,8 @@ class LimberTrainConfig:
         settle_kinds(_OP, self)
         for name in ("steps", "batch_size", "micro_batch", "save_every"):
             checks.size(_OP, name, getattr(self, name))
-        for name in ("learning_rate", "warmup", "weight_decay", "grad_clip", "encoder_learning_rate", "seed"):
+        for name in ("learning_rate", "warmup", "weight_decay", "grad_clip", "encoder_learning_rate", "seed",
+                     "adapters"):  # fmt: skip
             checks.not_negative(_OP, name, getattr(self, name))
         for name in ("beta1", "beta2", "dropout"):
             if not 0 <= getattr(self, name) < 1:

@@ -9,18 +9,21 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL.Image import Image
 from torch import Tensor
 
 from limber_fast import checks
 from limber_fast.data.captions import CaptionedImage
 from limber_fast.data.emoji import EmojiDataset, concepts
-from limber_fast.data.pictures import Broken, open_image
+from limber_fast.data.pictures import Broken, open_image, open_record
+from limber_fast.data.shard_index import ShardIndex
 from limber_fast.files import replace
 from limber_fast.models.limber import Limber
 
@@ -82,9 +85,29 @@ class FilePairs:
         return digest.hexdigest()
 
 
+class ShardPairs:
+    """WebDataset shards, as of CC3M: every caption is known at the start, pictures are read when they are drawn."""
+
+    def __init__(self, index: ShardIndex) -> None:
+        self.index = index
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def image(self, index: int) -> Image | Broken:
+        found = self.index.sample(index)
+        return found if isinstance(found, Broken) else open_record(found)
+
+    def captions(self, index: int) -> Sequence[str]:
+        return self.index.captions(index)
+
+    def key(self) -> str:
+        return self.index.key()
+
+
 @dataclass
 class Features:
-    """rows[i] is the picture whose features are values[i]; `skipped` names the pictures that could not be read."""
+    """values[row] are the features of picture `row`, for each of `rows`; `skipped` names the others, which are broken."""
 
     values: Tensor
     rows: list[int]
@@ -103,18 +126,20 @@ def features_key(limber: Limber, pairs: Pairs) -> str:
 def cached_features(
     limber: Limber, pairs: Pairs, folder: Path, key: str, watch: Callable[[int, int], None] = lambda done, of: None
 ) -> Features:
-    """[n, k, D] bfloat16 features of all readable pictures, memory-mapped from a file that is made once.
+    """[n, k, D] bfloat16 features of all pictures, memory-mapped from a file that is made once.
 
-    The file appears whole or not at all. `key` says what it was made of; another key makes it anew.
+    Every process of a group encodes its share into the file, which appears whole or not at all. `key` says what it was
+    made of; another key makes it anew. `watch` is told of this process's share.
     """
     path, about = folder / "features.bin", folder / "features.json"
-    encoder, found = limber.encoder, None
-    if path.exists() and about.exists():
-        with contextlib.suppress(ValueError):  # what is not whole is made anew
-            found = json.loads(about.read_text(encoding="utf-8"))
-    if not isinstance(found, dict) or found.get("key") != key:
+    found = _about(about, key) if path.exists() else None
+    if dist.is_initialized():  # what one process sees counts for all
+        shared = [found]
+        dist.broadcast_object_list(shared)
+        found = shared[0]
+    if found is None:
         found = _write(limber, pairs, path, about, key, watch)
-    shape = (len(found["rows"]), encoder.tokens, encoder.width)
+    shape = (len(pairs), limber.encoder.tokens, limber.encoder.width)
     if path.stat().st_size != 2 * int(np.prod(shape)):
         raise checks.invalid(str(path), "the file", f"hold {shape} numbers of 2 bytes", f"{path.stat().st_size} bytes")
     raw = np.memmap(path, np.uint16, "r", shape=shape)
@@ -124,34 +149,62 @@ def cached_features(
     return Features(values, found["rows"], found["skipped"])
 
 
+def _about(path: Path, key: str) -> dict | None:
+    with contextlib.suppress(ValueError, OSError):  # what is not whole is made anew
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict) and found.get("key") == key:
+            return found
+    return None
+
+
 def _write(limber: Limber, pairs: Pairs, path: Path, about: Path, key: str, watch: Callable[[int, int], None]) -> dict:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    about.unlink(missing_ok=True)  # from here on the old features count no more
-    rows, skipped = [], {}
-    try:
+    """Every process writes the rows of its share into one file; the first one names it when all are done."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    temporary = path.with_name(f".{path.name}.part")
+    share = range(rank * len(pairs) // world, (rank + 1) * len(pairs) // world)
+    row_bytes = 2 * limber.encoder.tokens * limber.encoder.width
+    if rank == 0:
+        about.unlink(missing_ok=True)  # from here on the old features count no more
         with open(temporary, "wb") as file:
-            for start in range(0, len(pairs), _AT_ONCE):
-                images, read = [], []
-                for index in range(start, min(start + _AT_ONCE, len(pairs))):
-                    image = read_image(pairs, index, skipped)
-                    if image is not None:
-                        images.append(image)
-                        read.append(index)
-                if images:
-                    values = limber.encode(images).to("cpu", torch.bfloat16).contiguous()
-                    file.write(values.view(torch.uint16).numpy().tobytes())
-                    rows += read
-                watch(min(start + _AT_ONCE, len(pairs)), len(pairs))
+            file.truncate(len(pairs) * row_bytes)
+    _wait()
+    rows: list[int] = []
+    skipped: dict[int, str] = {}
+    try:
+        with open(temporary, "rb+") as file:
+            for start in range(share.start, share.stop, _AT_ONCE):
+                some = range(start, min(start + _AT_ONCE, share.stop))
+                read = [(index, image) for index in some if (image := read_image(pairs, index, skipped)) is not None]
+                if read:
+                    values = limber.encode([image for _, image in read]).to("cpu", torch.bfloat16).contiguous()
+                    for (index, _), value in zip(read, values.view(torch.uint16).numpy(), strict=True):
+                        file.seek(index * row_bytes)
+                        file.write(value.tobytes())
+                    rows += [index for index, _ in read]
+                watch(some.stop - share.start, len(share))
             file.flush()
             os.fsync(file.fileno())
-        if not rows:
-            raise checks.invalid("train-limber", "data", "hold a readable picture", f"{len(skipped)} broken ones")
-        os.replace(temporary, path)
+        shares = [(rows, list(skipped.values()))]
+        if world > 1:
+            shares = [([], [])] * world
+            dist.all_gather_object(shares, (rows, list(skipped.values())))
+        rows, broken = (list(chain.from_iterable(part)) for part in zip(*shares, strict=True))
+        found = {"key": key, "rows": rows, "skipped": broken}
+        if not found["rows"]:
+            raise checks.invalid("train-limber", "data", "hold a readable picture", f"{len(broken)} broken")
+        if rank == 0:
+            os.replace(temporary, path)
+            replace(about, json.dumps(found).encode())
+        _wait()
     finally:
-        temporary.unlink(missing_ok=True)
-    found = {"key": key, "rows": rows, "skipped": list(skipped.values())}
-    replace(about, json.dumps(found).encode())
+        if rank == 0:
+            temporary.unlink(missing_ok=True)
     return found
+
+
+def _wait() -> None:
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def read_image(pairs: Pairs, index: int, skipped: dict[int, str]) -> Image | None:

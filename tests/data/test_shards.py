@@ -14,6 +14,7 @@ Image = pytest.importorskip("PIL.Image")
 from limber_fast.data.captions import CaptionedImage  # noqa: E402
 from limber_fast.data.index import BrokenIndex  # noqa: E402
 from limber_fast.data.pictures import Broken, Skipped, collate, open_record  # noqa: E402
+from limber_fast.data.shard_index import ShardIndex  # noqa: E402
 from limber_fast.data.shards import ShardPictures, expand_shards, read_shard  # noqa: E402
 
 
@@ -138,3 +139,40 @@ def test_as_webdataset_reads_them(shards):
         for s in webdataset.WebDataset(str(path), shardshuffle=False)
     ]
     assert [(r.image_id.split(": ")[1], r.image, r.captions[0]) for r in read_shard(path)] == theirs
+
+
+def test_index_gives_every_sample_of_the_shards(shards):
+    progress = []
+    index = ShardIndex(shards / "cc3m-{000..004}.tar", lambda done, of: progress.append((done, of)))
+    expected = [sample for path in expand_shards(shards / "*.tar") for sample in read_shard(path)]
+    assert len(index) == len(expected) == 20 and progress == [(i, 5) for i in range(1, 6)]
+    for i in np.random.default_rng(0).permutation(20):
+        assert index.sample(i) == expected[i]
+        if not isinstance(expected[i], Broken):
+            assert index.captions(i) == expected[i].captions
+    key = index.key()
+    (shards / "cc3m-001.tar").write_bytes((shards / "cc3m-002.tar").read_bytes() + b"\0" * 512)
+    assert ShardIndex(shards / "*.tar").key() != key
+
+
+def test_index_stops_at_what_is_broken(tmp_path):
+    path = tmp_path / "a.tar"
+    good = list(samples(0, 2))
+    for members, says in (
+        ([good[0]], "a.tar, 00000: no caption"),
+        ([good[0], ("00000.txt", b"\xff\xfe")], "a.tar, 00000: its caption cannot be read"),
+        ([good[0], ("00000.json", b'{"caption": 3}')], "a.tar, 00000: no caption"),
+        ([], "a.tar: no samples"),
+    ):
+        write_shard(path, members)
+        with pytest.raises(BrokenIndex, match=says):
+            ShardIndex(path)
+    write_shard(path, good)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(good[0][1]) + 700])
+    with pytest.raises(BrokenIndex, match="not a whole, uncompressed tar file"):
+        ShardIndex(path)
+    with tarfile.open(path, "w:gz") as file:
+        file.add(__file__, "x.txt")
+    with pytest.raises(BrokenIndex, match="not a whole, uncompressed tar file"):
+        ShardIndex(path)

@@ -2,11 +2,13 @@
 
 import csv
 import dataclasses
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from PIL import Image
 
 from limber_fast import GPTJ, GPTJConfig, Limber
 from limber_fast.models.encoders import encoder
-from limber_fast.train_limber import build, pairs_of
+from limber_fast.train_limber import activation_bytes, build, pairs_of
 from limber_fast.training.checkpoint import LIMBER, load_checkpoint
 from limber_fast.training.limber import LimberTrainer, linear_decay
 from limber_fast.training.limber_config import LimberTrainConfig
@@ -73,7 +75,7 @@ def trainer_of(config, cached=True):
 def test_features_are_the_encoders_and_broken_pictures_are_named(config):
     trainer = trainer_of(config)
     features = trainer.features
-    assert features.rows == list(range(9)) and features.values.shape[0] == 9
+    assert features.rows == list(range(9)) and features.values.shape[0] == 10
     assert len(features.skipped) == 1 and "9.jpg" in features.skipped[0]
     plain = encoder("timm:test_resnet", weights=None, seed=0)
     image = Image.open(os.path.join(config.data, "images/0/3.jpg"))
@@ -165,6 +167,23 @@ def test_two_processes_train_as_one(config, tmp_path):
     assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=0.02)
 
 
+def test_processes_share_the_encoding(config, tmp_path):
+    """Each writes its share into one file, equal to the one that a single process makes; broken pictures are named."""
+    files = []
+    for processes in (1, 3):
+        mine = dataclasses.replace(config, steps=3, output=str(tmp_path / f"of{processes}"))
+        ours = command(mine, processes=processes)
+        done = subprocess.run(ours, capture_output=True, text=True, timeout=600, env=ENVIRONMENT, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+        out = tmp_path / f"of{processes}"
+        files.append(((out / "features.bin").read_bytes(), json.loads((out / "features.json").read_text())))
+        assert "9.jpg" in (out / "skipped.txt").read_text() and not list(out.glob(".*"))
+    (one, about), (three, other) = files
+    assert about == other and about["rows"] == list(range(9))
+    a, b = (torch.frombuffer(bytearray(x), dtype=torch.bfloat16).float() for x in (one, three))
+    torch.testing.assert_close(a, b, atol=0.02, rtol=0.02)
+
+
 def test_command_survives_being_killed(config, tmp_path):
     config = dataclasses.replace(config, steps=400, save_every=3)
     process = subprocess.Popen(command(config), stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=tmp_path)
@@ -205,11 +224,71 @@ def test_dry_run_and_toml(config, tmp_path):
     ours = [sys.executable, "-m", "limber_fast", "train-limber", "--config", "run.toml", "--dry-run", "--batch-size=60"]
     done = subprocess.run(ours, capture_output=True, text=True, timeout=600, env=ENVIRONMENT, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "MiB kept for the backward pass of 3" in done.stdout
     assert "60 = 1 x 20 x 3 pictures" in done.stdout and "12 steps" in done.stdout
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run.toml"]
     (tmp_path / "run.toml").write_text("stepz = 3")
     done = subprocess.run(ours, capture_output=True, text=True, timeout=600, env=ENVIRONMENT, cwd=tmp_path)
     assert done.returncode == 1 and "'stepz'" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_shards_train_as_the_folder_does(config, tmp_path):
+    """The same pictures and captions in two tar files: the same batches, the same losses."""
+    data = Path(config.data)
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"cc3m-{shard:05d}.tar", "w") as file:
+            for i in range(5 * shard, 5 * shard + 5):
+                file.add(data / f"images/0/{i}.jpg", f"{i:05d}.jpg")
+                entry = (data / f"image_data/0/{i}.json").read_bytes()
+                member = tarfile.TarInfo(f"{i:05d}.json")
+                member.size = len(entry)
+                file.addfile(member, io.BytesIO(entry))
+    ours = trainer_of(dataclasses.replace(config, data=str(tmp_path / "cc3m-{00000..00001}.tar")), cached=False)
+    theirs = trainer_of(config, cached=False)
+    for _ in range(3):
+        assert ours.train_step()["loss"] == theirs.train_step()["loss"]
+    assert next(iter(ours.skipped.values())).startswith("cc3m-00001.tar: 00009")
+
+
+def test_adapters_are_trained_saved_and_resumed(config, tmp_path):
+    config = dataclasses.replace(config, adapters=16, layer_norm=True, steps=4, grad_checkpointing=True)
+    trainer = trainer_of(config)
+    adapters = trainer.limber.language_model.adapters
+    before = [p.clone() for p in adapters.parameters()]
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in before)
+    trainer.train_step()
+    trainer.train_step()
+    assert all(not torch.equal(a, b) for a, b in zip(before, adapters.parameters(), strict=True))
+    trainer.save(tmp_path / "out")
+    other = trainer_of(dataclasses.replace(config, grad_checkpointing=False))
+    other.restore(load_checkpoint(tmp_path / "out" / "checkpoint.pt", LIMBER))
+    for x in (trainer, other):
+        x.train_step()
+    for a, b in zip(trainer.parameters, other.parameters, strict=True):
+        assert torch.equal(a, b)
+    trainer.limber.save_pretrained(tmp_path / "map")
+    again = Limber.from_pretrained(tmp_path / "map", GPTJ.from_pretrained(config.language_model), encoder=None)
+    for a, b in zip(again.language_model.adapters.parameters(), adapters.parameters(), strict=True):
+        assert torch.equal(a, b.to(a.dtype)) and not a.requires_grad
+    trainer.limber.language_model.save_pretrained(tmp_path / "lm")
+    (tmp_path / "lm" / "tokenizer.json").write_bytes((Path(config.language_model) / "tokenizer.json").read_bytes())
+    with pytest.raises(ValueError, match="adapters must be 16, as the language model's; got 8"):
+        build(dataclasses.replace(config, language_model=str(tmp_path / "lm"), adapters=8,
+                                  tokenizer=config.language_model))  # fmt: skip
+
+
+def test_activation_bytes_grow_with_the_blocks(config):
+    """GPT-J keeps for each block and token: x, q|k|v, attention's output and statistics, and the MLP's pre-activation,
+    at most 2 x 4 E + 2 x 4 E bytes and a little in bf16."""
+    trainer = trainer_of(config)
+    trainer.limber.train()
+    plain = activation_bytes(trainer)
+    trainer.limber.language_model.gradient_checkpointing = True
+    again = activation_bytes(trainer)
+    tokens = trainer.limber.encoder.tokens + len(trainer.draw(0)[1]) + 1
+    width, layers = 64, 2
+    assert again < plain < 2 * layers * tokens * width * 2 * 16 and plain > layers * tokens * width * 2 * 8
+    assert trainer.limber.language_model.gradient_checkpointing
 
 
 @pytest.mark.parametrize(
