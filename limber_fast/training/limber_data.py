@@ -107,7 +107,7 @@ class ShardPairs:
 
 @dataclass
 class Features:
-    """values[row] are the features of picture `row`, for each of `rows`; `skipped` names the others, which are broken."""
+    """values[row] are the features of picture `row`, for each of `rows`; `skipped` names the broken others."""
 
     values: Tensor
     rows: list[int]
