@@ -31,6 +31,7 @@ class Trial:
         skipped: baselines that do not run here, with the reason.
         bound: 'flops' or 'bytes', the ceiling that the row is held against.
         arithmetic: of the products, where it is not the row's dtype: 'int8'.
+        weights: bytes of the weights by name, '' for ours: what memory holds beside the peak of a call.
     """
 
     ours: Callable[[], Any]
@@ -43,6 +44,7 @@ class Trial:
     skipped: dict[str, str] = field(default_factory=dict)
     bound: str = "flops"
     arithmetic: str = ""
+    weights: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +137,7 @@ def measure(trial: Trial, device: str, benchmark: Any, budget: float, fewest_rou
             f"{name}_peak_bytes": cold[name][1],
             f"{name}_error": worst[name],
         }
+    columns |= {f"{name}_weights_bytes".lstrip("_"): size for name, size in trial.weights.items()}
     return columns | {f"{name}_skipped": reason for name, reason in trial.skipped.items()}
 
 

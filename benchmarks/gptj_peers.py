@@ -88,7 +88,7 @@ def ctranslate2_model(theirs: Any) -> tuple[Callable[[list[int], int], list[int]
 
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
-        _word_per_id(theirs.config.vocab_size).save_pretrained(folder)
+        word_per_id(theirs.config.vocab_size).save_pretrained(folder)
         target = Path(folder) / "int8"
         ctranslate2.converters.TransformersConverter(folder, low_cpu_mem_usage=True).convert(
             target, quantization="int8"
@@ -107,13 +107,16 @@ def ctranslate2_model(theirs: Any) -> tuple[Callable[[list[int], int], list[int]
     return generate, ""
 
 
-def _word_per_id(vocabulary: int) -> Any:
-    from tokenizers import Tokenizer, models
+def word_per_id(vocabulary: int) -> Any:
+    """A tokenizer of transformers whose text is "w17 w4"."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     words = {f"w{i}": i for i in range(vocabulary)}
     ends = dict.fromkeys(("unk_token", "bos_token", "eos_token"), "w50256")  # CTranslate2 asks for all of them
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w50256")), **ends)
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w50256"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ends)
 
 
 def bitsandbytes_model(model: GPTJ) -> tuple[Any | None, str]:
