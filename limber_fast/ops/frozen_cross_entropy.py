@@ -87,7 +87,8 @@ def frozen_cross_entropy(
         bias = bias.detach().to(torch.float64 if hidden.dtype == torch.float64 else torch.float32).contiguous()
     rows = hidden.reshape(-1, features)
     flat = labels.reshape(-1).to(torch.int64).contiguous()
-    losses, _ = torch.ops.limber_fast.frozen_cross_entropy_fwd.default(
+    losses, _ = registration.call(
+        torch.ops.limber_fast.frozen_cross_entropy_fwd.default,
         rows if rows.stride(-1) == 1 else rows.contiguous(), weight.packed, weight.scales, weight.row_sums,
         weight.column_sums, bias, flat, int(ignore_index), False, dispatch.preferred(backend),
     )  # fmt: skip

@@ -182,7 +182,8 @@ def info_nce(
         # Every backend fits one value per pair, padded to its tiles, in this; the budget bounds it at any size.
         candidates = m + (0 if extra_negatives is None else extra_negatives.shape[0])
         image_ids, text_ids = (None, None) if ids is None else _int32(*ids)
-        loss, *state, _ = torch.ops.limber_fast.info_nce_fwd.default(
+        loss, *state, _ = registration.call(
+            torch.ops.limber_fast.info_nce_fwd.default,
             image, text, logit_scale, logit_bias, extra_negatives, labels, image_ids, text_ids, weights,
             float(label_smoothing), normalize, variant, symmetric, reduction, return_stats,
             min(cache_bytes, (n + 64) * (candidates + 1024) * 4), dispatch.preferred(backend),

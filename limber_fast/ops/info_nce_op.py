@@ -86,10 +86,8 @@ def _direction_gradients(
     grad: Tensor, n: int, labels: Tensor | None, weights: Tensor | None, symmetric: bool, reduction: str
 ) -> tuple[Tensor, Tensor | None]:
     """d loss / d row loss [N] and, for the symmetric loss, d loss / d column loss [M]."""
-    if reduction == "mean":
-        grad = grad / (n if weights is None else _sum(weights))
-    if symmetric:
-        grad = grad / 2
+    divisor = 1 if reduction != "mean" else n if weights is None else _sum(weights)
+    grad = grad / (divisor * (2 if symmetric else 1))
     row = (grad.expand(n) if weights is None else grad * weights).contiguous()
     if not symmetric or labels is None:
         return row, row if symmetric else None

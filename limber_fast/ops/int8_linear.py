@@ -95,7 +95,8 @@ def int8_linear(
         bias = bias.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
     if residual is not None:
         checks.residual_stream(_OP, residual, n, x)
-    out, _ = torch.ops.limber_fast.int8_linear_fwd.default(
+    out, _ = registration.call(
+        torch.ops.limber_fast.int8_linear_fwd.default,
         _rows(x, k), weight.packed, weight.scales, weight.row_sums, weight.column_sums, bias,
         None if residual is None else _rows(residual, n), activation, compute,
         float(outlier_threshold) or math.inf, False, dispatch.preferred(backend),

@@ -97,7 +97,8 @@ def project_concat(
     checks.dropout(_OP, dropout_p, seed)
     table, scales = embedding if isinstance(embedding, (tuple, list)) else (embedding, None)
     ln_weight, ln_bias, ln_eps = _layer_norm(layer_norm, weight)
-    inputs_embeds, _ = torch.ops.limber_fast.project_concat_fwd.default(
+    inputs_embeds, _ = registration.call(
+        torch.ops.limber_fast.project_concat_fwd.default,
         _unit_stride(features), _unit_stride(weight), bias, ln_weight, ln_bias, input_ids, _unit_stride(table),
         None if scales is None else scales.to(torch.float32).contiguous(), _seed(seed) if dropout_p else None,
         int(image_token_id), float(dropout_p), ln_eps, dispatch.preferred(backend),
