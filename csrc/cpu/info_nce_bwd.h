@@ -54,6 +54,9 @@ class InfoNceBackward {
   void sweep(bool want_rows, bool want_cols, int64_t open_rows, bool halved) {
     open_rows = std::clamp<int64_t>(round_up(open_rows, MB), MB, round_up(p.N, MB));
     const bool recompute = !cache.complete(cols.count);
+    // A step of some milliseconds is bound by what a core reads of the other's L2. Shared out evenly, a thread
+    // multiplies the panels that it packed: 8 to 14% at N = 256 to 1024. Longer ones give a slow core less.
+    const auto sharing = p.N * (p.M + p.K) <= (int64_t(1) << 31) / p.D ? omp_sched_static : omp_sched_dynamic;
     const int64_t width = super * cols.NB, mb_max = std::min<int64_t>(MB, round_up(p.N, MR));
     Buffer<float> norms(p.normalize ? p.N + p.M + p.K : 0), text_t(recompute ? width * Kd : 0),
         text_n(want_rows ? dwords<Op>(width) * Dp : 0), image_t(recompute ? mb_max * Kd : 0);
@@ -77,6 +80,7 @@ class InfoNceBackward {
 #pragma omp parallel num_threads(p.threads)
     {
       [[maybe_unused]] const typename Op::Session session;
+      omp_set_schedule(sharing, sharing == omp_sched_static ? 0 : 1);
       float *strip = scratch + omp_get_thread_num() * per_thread(), *a = strip + MR * LDS, *b = a + round_up(MB, 16);
       if (p.normalize) {
         row_norms(images, norms);
@@ -89,9 +93,9 @@ class InfoNceBackward {
           const int64_t b1 = std::min(b0 + super, cols.count);
           if (packed != b0) {
             if (recompute) cols.template pack<Op>(texts, b0, b1, text_t);
-#pragma omp for collapse(2) schedule(dynamic, 4)
-            for (int64_t k = b0; k < b1; k++)
-              for (int64_t d = 0; d < (want_rows ? Dp : 0); d += NR) {
+#pragma omp for collapse(2) schedule(runtime)
+            for (int64_t d = 0; d < (want_rows ? Dp : 0); d += NR)
+              for (int64_t k = b0; k < b1; k++) {
                 const int64_t j0 = cols.begin(k), nb = cols.size(k);
                 pack_natural<Op>(texts, j0, j0 + nb, d,
                                  text_n + dwords<Op>((k - b0) * cols.NB) * Dp + d * dwords<Op>(nb));
@@ -108,7 +112,7 @@ class InfoNceBackward {
 #pragma omp for schedule(dynamic, 4) nowait
             for (int64_t i = 0; i < (recompute ? mb : 0); i += MR)
               pack_rows<Op>(images, i0 + i, i0 + std::min<int64_t>(i + MR, mb), image_t + i * Kd);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(runtime)
             for (int64_t d = 0; d < (want_cols ? Dp : 0); d += NR)
               pack_natural<Op>(images, i0, i0 + mb, d, image_n + d * Ki);
             for (int64_t k = b0; k < b1; k++) {
@@ -124,7 +128,7 @@ class InfoNceBackward {
                               mb_max / 2 * PARTS);
               }
               if (want_rows)
-#pragma omp for schedule(dynamic, 1) nowait
+#pragma omp for schedule(runtime) nowait
                 for (int64_t t = 0; t < groups(mb); t++)
                   each_tile(t, mb, [&](int64_t i, int64_t d) {
                     gemm_tile<Op, LDN, 1>((int)std::min<int64_t>(MR, mb - i), Kj, ds + i * LDN,
@@ -133,7 +137,7 @@ class InfoNceBackward {
                   });
               // Without wanted columns the empty loop is the barrier that keeps dS until every d_image strip has read
               // it.
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(runtime)
               for (int64_t t = 0; t < (want_cols && gradient_of(j0) ? groups(nb) : 0); t++)
                 each_tile(t, nb, [&](int64_t j, int64_t d) {
                   gemm_tile<Op, 1, LDP>((int)std::min<int64_t>(MR, nb - j), Ki,
@@ -169,7 +173,8 @@ class InfoNceBackward {
 
   // A gradient's rows x D in groups of register tiles, a task each. A strip of dS stays in L1 and panels of B stream
   // past it. AMX's panels do not fit L1: groups of 128 x 256 read each of them from L2 or L3 for several tiles
-  // (narrower ones are 8% slower at N = 4096, strips as high as one tile 12% at N = 256, D = 2048).
+  // (narrower ones are 8% slower at N = 4096, strips as high as one tile 12% at N = 256, D = 2048; k in runs that fit
+  // L1, summed in place or in a private tile, 5 to 15%).
   static constexpr int64_t GROUP_ROWS = Op::TILES ? 4 * MR : MR;
   int64_t group_columns() const { return Op::TILES ? 8 * NR : Dp; }
   int64_t groups(int64_t rows) const { return ceil_div(rows, GROUP_ROWS) * ceil_div(p.D, group_columns()); }
@@ -256,7 +261,7 @@ class InfoNceBackward {
     // A kept tile's rows and columns have a maximum within 90 bits of its shift: that is all its weights need.
     const bool cached = slot >= 0 && cache.shifts[slot] == cache.shifts[slot];
     const bool whole = negatives.whole_tile(w.i0 + i, R, w.j0, w.nb) && w.nb % NR == 0;
-    if (!cached) dot_strip<Op>(strip, R, Kd, A, Bp, w.nb);
+    if (!cached) dot_strip<Op>(strip, R, Kd, A, Bp, w.nb, 0, Kd);
     if (cached || w.shared) w.hold(cached ? cache.shifts[slot] : w.shift);
     const auto* tile = cached ? cache.tiles + slot * cache.TILE : nullptr;
     if (p.sigmoid)

@@ -127,6 +127,19 @@ struct Negatives {
   }
 };
 
+// The cache's bytes: whether the forward split its towers, for the backward, which need not look at them again, and
+// tiles. Null where there is no room.
+struct CacheMemory {
+  int32_t* split = nullptr;
+  char* tiles = nullptr;
+  int64_t bytes = 0;  // of tiles
+  explicit CacheMemory(const InfoNceParams& p) {
+    if (!p.cache || p.cache_bytes < 192) return;
+    char* base = (char*)round_up((int64_t)(uintptr_t)p.cache, 64);
+    split = (int32_t*)base, tiles = base + 64, bytes = p.cache_bytes - 192;
+  }
+};
+
 // Tiles of E = 2^(x - shift) (sigmoid: of d loss / d x) kept from the forward, the first `strips` of them in (block,
 // row) order. fp32 tiles for fp32 arithmetic (bf16 tiles would cost the gradient 16 bits), bf16 tiles for bf16. A shift
 // of NaN: not kept.
@@ -139,10 +152,10 @@ struct TileCache {
   float* shifts;
   elem* tiles;
   explicit TileCache(const InfoNceParams& p) : strips_per_block(ceil_div(p.N, MR)) {
-    strips = p.cache ? std::max<int64_t>(0, (p.cache_bytes - 128) / (TILE * (int64_t)sizeof(elem) + 4)) : 0;
-    uintptr_t base = round_up((int64_t)(uintptr_t)p.cache, 64);
-    shifts = (float*)base;
-    tiles = (elem*)(base + round_up(strips * 4, 64));
+    const CacheMemory memory(p);
+    strips = memory.bytes / (TILE * (int64_t)sizeof(elem) + 4);
+    shifts = (float*)memory.tiles;
+    tiles = (elem*)(memory.tiles + round_up(strips * 4, 64));
   }
   int64_t index(int64_t block, int64_t i) const {
     int64_t s = block * strips_per_block + i / MR;
@@ -168,14 +181,15 @@ struct TileCache {
   }
 };
 
-// strip[R x nb] = A panel . B block. On AMX tiles in parts of k, so that A's, 16 or 24 KiB, stays in L1 while B streams
-// past.
+// strip[R x nb] = A panel . B block, or += what dwords k0 .. k1-1 of their Kd add to it. On AMX tiles in parts of k, so
+// that A's, 16 or 24 KiB, stays in L1 while B streams past.
 template <class Op>
-static void dot_strip(float* strip, int R, int64_t Kd, const float* A, const float* B, int64_t nb) {
+static void dot_strip(float* strip, int R, int64_t Kd, const float* A, const float* B, int64_t nb, int64_t k0,
+                      int64_t k1) {
   const int64_t part = !Op::TILES ? Kd : Op::PARTS == 1 ? 128 : 64 * Op::PARTS;
-  for (int64_t k = 0; k < Kd; k += part)
+  for (int64_t k = k0; k < k1; k += part)
     for (int64_t j = 0; j < nb; j += NR)
-      gemm_tile<Op, 1, Op::MR>(R, std::min(part, Kd - k), A + k * Op::MR, B + j * Kd + k * NR, strip + j,
+      gemm_tile<Op, 1, Op::MR>(R, std::min(part, k1 - k), A + k * Op::MR, B + j * Kd + k * NR, strip + j,
                                Blocks<Op>::LDS, NR, k > 0);
 }
 

@@ -104,6 +104,7 @@ class InfoNceForward {
   // Sums of 2^(x - shift) are exact to fp32 while no row's or column's own maximum lies 90 bits below the shared shift.
   static constexpr float SPAN = 90.f;
   static constexpr int64_t COLUMNS = 64;  // whose sums one thread merges at a time
+  static constexpr int64_t RESIDENT = 1 << 20, STRIPS = Op::TILES ? 4 : 1;
 
  public:
   explicit InfoNceForward(const InfoNceParams& params)
@@ -118,7 +119,10 @@ class InfoNceForward {
 
   void run() {
     const int64_t super = cols.super_block(Kd * 4), width = super * cols.NB, tasks = ceil_div(p.N, chunk),
-                  group = std::min<int64_t>(B::GROUP, tasks);
+                  group = std::min<int64_t>(B::GROUP, tasks),
+                  // Tasks that one thread runs side by side, against the same column block in its L2. Their results do
+                  // not depend on it.
+        neighbours = std::clamp<int64_t>(tasks / (2 * p.threads), 1, B::CHUNK / chunk);
     const bool extras = p.row_correct || p.label_smoothing > 0;
     advise_huge_pages(p.cache, p.cache_bytes);
     panels = Buffer<float>(width * Kd);
@@ -153,9 +157,10 @@ class InfoNceForward {
           auto task_sums = [&](int64_t t) { return carve(p.N + p.M + (t - t0) * width, width); };
           auto task_extras = [&](int64_t t) { return carve_extras(p.N + p.M + (t - t0) * width); };
 #pragma omp for schedule(dynamic, 1)
-          for (int64_t t = t0; t < t1; t++) {
-            task_sums(t).clear(width), task_extras(t).clear(width);
-            task(t * chunk, std::min((t + 1) * chunk, p.N), b0, b1, row, task_sums(t), row_x, task_extras(t), mine);
+          for (int64_t t = t0; t < t1; t += neighbours) {
+            const int64_t end = std::min(t + neighbours, t1);
+            for (int64_t u = t; u < end; u++) task_sums(u).clear(width), task_extras(u).clear(width);
+            run_tasks(t * chunk, std::min(end * chunk, p.N), b0, b1, row, task_sums, row_x, task_extras, mine);
           }
           if (p.columns)
 #pragma omp for schedule(static)
@@ -180,33 +185,45 @@ class InfoNceForward {
   }
 
  private:
-  int64_t per_thread() const { return round_up(MR * LDS + 3 * NB + B::CHUNK * Kd, 16); }
+  int64_t per_thread() const { return round_up(STRIPS * MR * LDS + 3 * NB + B::CHUNK * Kd, 16); }
 
-  // Rows i0 .. i1-1 against column blocks b0 .. b1-1.
-  void task(int64_t i0, int64_t i1, int64_t b0, int64_t b1, Sums row, Sums col, Extras row_x, Extras col_x,
-            float* scratch) {
-    float *strip = scratch, *csum = strip + MR * LDS, *cxsum = csum + NB, *cshift = cxsum + NB, *A = cshift + NB;
+  // The tasks of rows i0 .. i1-1 against column blocks b0 .. b1-1.
+  template <class SumsOf, class ExtrasOf>
+  void run_tasks(int64_t i0, int64_t i1, int64_t b0, int64_t b1, Sums row, SumsOf sums_of, Extras row_x,
+                 ExtrasOf extras_of, float* scratch) {
+    float *strips = scratch, *csum = strips + STRIPS * MR * LDS, *cxsum = csum + NB, *cshift = cxsum + NB,
+          *A = cshift + NB;
     pack_rows<Op>(images, i0, i1, A);
+    // A column block beyond L2 is read in parts of k, each for several strips.
+    const int64_t deep = std::min(Kd, Op::TILES ? round_up(RESIDENT / (4 * cols.NB), 16 * Op::PARTS) : Kd),
+                  high = deep < Kd ? STRIPS * MR : MR;
     for (int64_t b = b0; b < b1; b++) {
       const int64_t j0 = cols.begin(b), nb = cols.size(b), at = (b - b0) * cols.NB;
       float shift = NAN;
+      Sums col{};
+      Extras col_x;
       bool open = false;  // csum, cxsum hold column sums under `shift`
       auto flush = [&] {
         if (!open) return;
         std::fill_n(cshift, nb, shift);
-        col.at(at).merge(nb, Sums{cshift, csum, cxsum});
+        col.merge(nb, Sums{cshift, csum, cxsum});
         open = false;
       };
       for (int64_t i = i0; i < i1; i += MR) {
         const int R = (int)std::min<int64_t>(MR, i1 - i);
-        dot_strip<Op>(strip, R, Kd, A + (i - i0) * Kd, panels + at * Kd, nb);
+        float* strip = strips + (i - i0) % high * LDS;
+        for (int64_t k = 0; (i - i0) % high == 0 && k < Kd; k += deep)
+          for (int64_t s = i; s < std::min(i + high, i1); s += MR)
+            dot_strip<Op>(strips + (s - i) * LDS, (int)std::min<int64_t>(MR, i1 - s), Kd, A + (s - i0) * Kd,
+                          panels + at * Kd, nb, k, std::min(k + deep, Kd));
+        if (i % chunk == 0) flush(), col = sums_of(i / chunk).at(at), col_x = extras_of(i / chunk).at(at);
         take_positives(strip, R, i, j0, nb);
         const bool whole = negatives.whole_tile(i, R, j0, nb);
         const int64_t slot = cache.index(b, i);
         auto* tile = slot >= 0 ? cache.tiles + slot * cache.TILE : nullptr;
         if (row_x.best)
-          whole ? extra_sums<true>(strip, R, i, j0, nb, row_x, col_x.at(at))
-                : extra_sums<false>(strip, R, i, j0, nb, row_x, col_x.at(at));
+          whole ? extra_sums<true>(strip, R, i, j0, nb, row_x, col_x)
+                : extra_sums<false>(strip, R, i, j0, nb, row_x, col_x);
         if (p.sigmoid) {
           if (tile) cache.shifts[slot] = 0.f;
           sigmoid_sums(strip, R, i, j0, nb, row, tile);
@@ -233,7 +250,7 @@ class InfoNceForward {
                 : shared_sums<false>(strip, R, i, j0, nb, shift, row, csum, cxsum, tile);
         } else {
           if (tile) cache.shifts[slot] = NAN;
-          separate_sums(strip, R, i, j0, nb, row, col.at(at));
+          separate_sums(strip, R, i, j0, nb, row, col);
         }
       }
       flush();
