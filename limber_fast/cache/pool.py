@@ -93,6 +93,9 @@ class PagePool:
                 page_size=self.page_size, device=self.storage.device,
             )  # fmt: skip
 
+    def free_pages(self) -> int:
+        return len(self._free)
+
     def stats(self) -> dict[str, int]:
         """Pages and bytes in use and in all; forks so far, and pages copied because a fork wrote."""
         with self.lock:

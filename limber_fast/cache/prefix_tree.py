@@ -110,6 +110,11 @@ class PrefixTree:
             return {**self._counts, "kept_pages": kept, "kept_bytes": kept * self.pool.page_bytes,
                     **{f"pool_{name}": value for name, value in self.pool.stats().items()}}  # fmt: skip
 
+    def spare_pages(self) -> int:
+        """Pages that would be given up if they were wanted."""
+        with self.pool.lock:
+            return sum(self.pool._holders[node.page] == 1 for node in self._used)
+
     def clear(self) -> None:
         """Forgets everything; sequences keep their pages."""
         with self.pool.lock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from limber_fast import checks
+from limber_fast.cache import CacheFull, PagePool, PrefixTree, contents
 from limber_fast.models import gptj_files, gptj_generate
 from limber_fast.models.gptj_attention import KVCache, Prefix
+from limber_fast.models.gptj_batch import CHUNK, ContinuousBatch
 from limber_fast.models.gptj_config import GPTJConfig
-from limber_fast.models.gptj_generate import Generation, OnToken, Sampler, Stopping
+from limber_fast.models.gptj_generate import Generation, OnToken
 from limber_fast.models.gptj_model import FrozenGPTJ, GPTJOutput
 from limber_fast.models.gptj_weights import BNB_SCALES, Filling, randomise
 from limber_fast.ops.prefix_attention import PAGE_SIZE
@@ -144,9 +147,28 @@ class GPTJ(FrozenGPTJ):
             input_ids = [input_ids.flatten()]
         x, lengths = gptj_generate.packed_prompts(self, input_ids, embeds, None, tokenizer)
         checks.within_context(_OP, lengths[0], self.config.n_positions)
+        if self.shared_batch is not None:
+            return self._shared_prefix(x)
         pages = 64 * PAGE_SIZE  # of prompts that end within a page
         cache = KVCache.for_tokens(self.config, [lengths[0] + room + pages], self.dtype, self.device)
         self.hidden_states(x, lengths, cache=cache)
+        return Prefix(cache, self)
+
+    def _shared_prefix(self, x: Tensor) -> Prefix:
+        batch, known = self.shared_batch, contents(x)
+        with batch.lock:
+            sequence = batch.tree.find(known, leave=0)
+            try:
+                cache = KVCache(batch.pool, [sequence])
+                if (len(x) - sequence.length) // batch.pool.page_size + 2 > batch.spare_pages():
+                    raise CacheFull(f"{_OP}.prefix: {len(x)} tokens do not fit beside what runs; keep_prefixes(more)")
+                if rest := len(x) - sequence.length:
+                    self.hidden_states(x[-rest:], [rest], cache=cache)
+                whole = len(x) // batch.pool.page_size * batch.pool.page_size  # the last page may still be written
+                batch.tree.insert(sequence, known[:whole])
+            except BaseException:
+                sequence.release()
+                raise
         return Prefix(cache, self)
 
     def generate(
@@ -191,13 +213,10 @@ class GPTJ(FrozenGPTJ):
         Returns: Generation with tokens, texts and what ended each.
         Raises: ValueError or TypeError for arguments that break this, before anything is computed.
         """
-        eos = self.config.eos_token_ids if eos_token_id is None else eos_token_id
-        eos = (eos,) if isinstance(eos, int) else tuple(eos)
-        strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
-        sampler = Sampler(temperature, top_k, top_p, nucleus_first)
-        stopping = Stopping(eos, strings, repetition_stop, tokenizer)
-        sampler.check()
-        stopping.check()
+        sampler, stopping = gptj_generate.settings(
+            self.config, temperature=temperature, top_k=top_k, top_p=top_p, nucleus_first=nucleus_first,
+            eos_token_id=eos_token_id, stop_strings=stop_strings, repetition_stop=repetition_stop, tokenizer=tokenizer,
+        )  # fmt: skip
         with torch.no_grad():
             x, lengths = gptj_generate.packed_prompts(self, input_ids, inputs_embeds, attention_mask, tokenizer)
         if prefix is not None:
@@ -205,4 +224,43 @@ class GPTJ(FrozenGPTJ):
         before = 0 if prefix is None else prefix.length
         gptj_generate.check_room(lengths, max_new_tokens, self.config.n_positions, before)
         seed = int(torch.randint(2**62, ())) if seed is None else seed
-        return gptj_generate.generate(self, x, lengths, max_new_tokens, sampler, seed, stopping, on_token, prefix)
+        batch, start = self.shared_batch, None
+        if prefix is not None:
+            start = prefix.cache.sequences[0]
+            if batch is None or batch.pool is not start.pool:
+                batch = ContinuousBatch(self, start.pool, max_batch=len(lengths))
+        elif batch is None:
+            room = [length + max_new_tokens for length in lengths]
+            pool = KVCache.for_tokens(self.config, room, self.dtype, self.device).pool
+            batch = ContinuousBatch(self, pool, max_batch=len(lengths))
+        requests = []
+        try:
+            for row, prompt in enumerate(x.split(lengths)):
+                told = None if on_token is None else partial(on_token, row)
+                requests.append(batch.add(prompt, max_new_tokens, sampler, stopping, seed + row, told, start))
+            while not all(request.done for request in requests):
+                batch.step()
+                for request in requests:
+                    if request.error is not None:
+                        raise request.error
+        finally:
+            for request in requests:
+                request.cancel()
+        rows = [request.row for request in requests]
+        texts = None if tokenizer is None else [row.text for row in rows]
+        return Generation([row.tokens for row in rows], texts, [row.stopped for row in rows])
+
+    def continuous_batch(self, budget_bytes: int, *, max_batch: int = 256, chunk: int = CHUNK) -> ContinuousBatch:
+        """Requests that come and go, with keys and values of `budget_bytes`; prompts go on from what earlier ones left
+        there."""
+        config = self.config
+        pool = PagePool(config.n_layer, config.n_head, config.head_dim, dtype=self.dtype, budget_bytes=budget_bytes,
+                        device=self.device)  # fmt: skip
+        return ContinuousBatch(self, pool, PrefixTree(pool), max_batch=max_batch, chunk=chunk)
+
+    def keep_prefixes(self, budget_bytes: int | None, **options: Any) -> None:
+        """From now on `generate` and `prefix` go on from what earlier calls computed of the same tokens or embeddings,
+        bit for bit the same, and leave theirs, least recently used first out; None ends it. Figures:
+        `shared_batch.stats()`. Options: of `continuous_batch`; also for calls from several threads, which then share
+        steps."""
+        self.shared_batch = None if budget_bytes is None else self.continuous_batch(budget_bytes, **options)

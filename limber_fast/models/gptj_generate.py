@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from limber_fast import checks
-from limber_fast.models.gptj_attention import KVCache, Prefix
+from limber_fast.models.gptj_config import GPTJConfig
 
 _OP = "GPTJ.generate"
 NUCLEUS = 256
@@ -193,45 +192,17 @@ def check_room(lengths: list[int], max_new_tokens: int, limit: int, before: int 
         raise checks.invalid(_OP, "max_new_tokens", contract, found, f"at most {max(0, limit - longest)} fit")
 
 
-@torch.inference_mode()
-def generate(
-    model: Any, x: Tensor, lengths: list[int], max_new_tokens: int, sampler: Sampler, seed: int, stopping: Stopping,
-    on_token: OnToken | None, prefix: Prefix | None = None,
-) -> Generation:  # fmt: skip
-    """Prefill of all prompts at once, behind what they share, then one token a step for every text that goes on."""
-    rows = [Row(stopping) for _ in lengths]
-    generators = [torch.Generator(x.device).manual_seed((seed + r) % 2**63) for r in range(len(rows))]
-    if prefix is None:
-        room = [length + max_new_tokens for length in lengths]
-        cache = KVCache.for_tokens(model.config, room, model.dtype, model.device)
-    else:
-        cache = prefix.cache.fork([0] * len(lengths))
-    try:
-        _generate(model, x, lengths, max_new_tokens, sampler, generators, rows, cache, on_token)
-    finally:
-        cache.release()
-    texts = None if stopping.tokenizer is None else [row.text for row in rows]
-    return Generation([row.tokens for row in rows], texts, [row.stopped for row in rows])
-
-
-def _generate(
-    model: Any, x: Tensor, lengths: list[int], max_new_tokens: int, sampler: Sampler,
-    generators: list[torch.Generator], rows: list[Row], cache: KVCache, on_token: OnToken | None,
-) -> None:  # fmt: skip
-    hidden = model.hidden_states(x, lengths, cache=cache)
-    hidden = hidden[torch.tensor(lengths, device=x.device).cumsum(0) - 1]
-    active = list(range(len(rows)))
-    for step in range(1, max_new_tokens + 1):
-        tokens = sampler(model.lm_head(hidden).float(), [generators[r] for r in active])
-        for r, token in zip(active, tokens, strict=True):
-            piece = rows[r].add(token, last=step == max_new_tokens)
-            if on_token is not None:
-                on_token(r, token, piece)
-        going = [at for at, r in enumerate(active) if not rows[r].stopped]
-        if not going:
-            break
-        if len(going) < len(active):
-            cache.keep(going)
-            active, tokens = ([found[at] for at in going] for found in (active, tokens))
-        rows_of_tokens = F.embedding(torch.tensor(tokens, device=x.device), model.wte)
-        hidden = model.hidden_states(rows_of_tokens, [1] * len(tokens), cache=cache)
+def settings(
+    config: GPTJConfig, *, temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
+    nucleus_first: bool = False, eos_token_id: int | Sequence[int] | None = None,
+    stop_strings: str | Sequence[str] = (), repetition_stop: int | None = None, tokenizer: Any = None,
+) -> tuple[Sampler, Stopping]:  # fmt: skip
+    """How tokens are chosen and what ends a text, checked; arguments as of `GPTJ.generate`."""
+    eos = config.eos_token_ids if eos_token_id is None else eos_token_id
+    eos = (eos,) if isinstance(eos, int) else tuple(eos)
+    strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
+    sampler = Sampler(temperature, top_k, top_p, nucleus_first)
+    stopping = Stopping(eos, strings, repetition_stop, tokenizer)
+    sampler.check()
+    stopping.check()
+    return sampler, stopping

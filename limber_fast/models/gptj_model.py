@@ -50,6 +50,7 @@ class FrozenGPTJ(nn.Module):
 
     Attributes:
         gradient_checkpointing: keep the input of each block alone for the backward pass, and compute the block again.
+        shared_batch: of `GPTJ.keep_prefixes`, or None.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class FrozenGPTJ(nn.Module):
         self.h = nn.ModuleList(Block(config, self.precision, device) for _ in range(config.n_layer))
         self.ln_f = FrozenLayerNorm(width, config.layer_norm_epsilon, dtype, device)
         self.lm_head = FrozenLinear(config.vocab_size, width, True, self.precision, device)
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing, self.shared_batch = False, None
         self.eval()
 
     @property
