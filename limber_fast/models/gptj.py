@@ -147,7 +147,7 @@ class GPTJ(FrozenGPTJ):
             input_ids = [input_ids.flatten()]
         x, lengths = gptj_generate.packed_prompts(self, input_ids, embeds, None, tokenizer)
         checks.within_context(_OP, lengths[0], self.config.n_positions)
-        if self.shared_batch is not None:
+        if self.shared_batch is not None and not any(p.requires_grad for p in self.parameters()):
             return self._shared_prefix(x)
         pages = 64 * PAGE_SIZE  # of prompts that end within a page
         cache = KVCache.for_tokens(self.config, [lengths[0] + room + pages], self.dtype, self.device)
@@ -224,7 +224,8 @@ class GPTJ(FrozenGPTJ):
         before = 0 if prefix is None else prefix.length
         gptj_generate.check_room(lengths, max_new_tokens, self.config.n_positions, before)
         seed = int(torch.randint(2**62, ())) if seed is None else seed
-        batch, start = self.shared_batch, None
+        trained = any(p.requires_grad for p in self.parameters())  # the next step makes another model of it
+        batch, start = None if trained else self.shared_batch, None
         if prefix is not None:
             start = prefix.cache.sequences[0]
             if batch is None or batch.pool is not start.pool:

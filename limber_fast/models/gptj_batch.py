@@ -35,7 +35,7 @@ class Request:
 
     Attributes:
         row: `tokens`, `text` and what `stopped` it: of `Generation`, or 'cancelled'.
-        error: what its `on_token` raised, which cancels it.
+        error: what its `on_token` raised, or CacheFull where others hold the memory that it needs; either cancels it.
     """
 
     def __init__(
@@ -79,10 +79,13 @@ class Request:
     def wait(self) -> Request:
         """Steps the batch, for everybody's requests, until this one is done.
 
-        Raises: what its `on_token` raised; CacheFull where others hold the memory it needs.
+        Raises: `error`.
         """
         while not self.done:
             self.batch.step()
+        return self._checked()
+
+    def _checked(self) -> Request:
         if self.error is not None:
             raise self.error
         return self
@@ -95,6 +98,7 @@ class Request:
                     yield self.pieces.popleft()
                 else:
                     self.batch.step()
+            self._checked()
         finally:
             self.cancel()
 
@@ -164,10 +168,7 @@ class ContinuousBatch:
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """One forward pass; False where there is nothing to do.
-
-        Raises: CacheFull where nothing runs and others hold the memory that the next request needs.
-        """
+        """One forward pass; False where there is nothing to do."""
         with self.lock:
             self._admit()
             if not (work := self._next()):
@@ -267,9 +268,12 @@ class ContinuousBatch:
             if (missing := request.pages_to_come - self.spare_pages()) > 0:
                 sequence.release()
                 request.sequence = None
-                if not self._running:
-                    raise CacheFull(f"{_OP}: {missing} pages are missing, which others hold; release prefixes")
-                break
+                if self._running:
+                    break
+                held = f"{_OP}: {missing} pages are missing, which others hold; release prefixes"
+                request.error, request.row.stopped = CacheFull(held), CANCELLED
+                self._waiting.remove(request)
+                continue
             if request.start is None:
                 request.fed = sequence.length
             self._waiting.remove(request)

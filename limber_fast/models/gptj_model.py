@@ -87,6 +87,7 @@ class FrozenGPTJ(nn.Module):
     def compute(self, value: str) -> None:
         checks.choice(_OP, "compute", value, ("w8a16", "w8a8"))
         self.precision.compute = value
+        self._forget()
 
     @property
     def adapters(self) -> nn.ModuleDict:
@@ -115,11 +116,18 @@ class FrozenGPTJ(nn.Module):
         for block, adapter in zip(self.h, adapters.values(), strict=True):
             block.adapter = adapter
         self.config = replace(self.config, adapter_width=self.h[0].adapter.down.out_features)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Kept keys and values are those of another model now."""
+        if self.shared_batch is not None:
+            self.shared_batch.tree.clear()
 
     def train_adapters(self, mode: bool = True) -> None:
         """Adapters with gradients, kept in fp32, or frozen ones in the model's dtype."""
         if mode and self.config.adapter_width is None:
             raise checks.invalid(f"{_OP}.train_adapters", "the model", "have adapters", "none", "add_adapters()")
+        self._forget()
         self.adapters.to(torch.float32 if mode else self.dtype).requires_grad_(mode)
 
     def new_cache(self, batch: int, capacity: int | None = None) -> KVCache:

@@ -215,12 +215,35 @@ def test_memory_that_does_not_suffice(model, alone):
         assert request.wait().row.tokens == alone(prompt, 9)
     assert batch.stats()["evicted_pages"] > 0
     held = batch.pool.sequence()
-    batch.pool.batch([held], [60])
+    batch.pool.batch([held], [48])
     request = batch.submit(prompts[0], max_new_tokens=9)
+    small = batch.submit([7], max_new_tokens=2)
     with pytest.raises(CacheFull, match="which others hold"):
         request.wait()
+    assert small.wait().row.tokens == alone([7], 2) and request.row.tokens == []
     held.release()
-    assert request.wait().row.tokens == alone(prompts[0], 9)
+    assert batch.submit(prompts[0], max_new_tokens=9).wait().row.tokens == alone(prompts[0], 9)
+
+
+def test_nothing_is_kept_of_a_model_that_changed(computed):
+    model = GPTJ.from_transformers(transformers_gptj("tiny"), dtype=torch.float32)
+    model.keep_prefixes(budget(model, 300))
+    prompt = ids_of_list(20, 5)
+
+    def tokens_computed():
+        computed.clear()
+        model.generate([prompt], max_new_tokens=1)
+        return sum(computed)
+
+    assert [tokens_computed(), tokens_computed()] == [20, 1]
+    model.compute = "w8a8"
+    assert [tokens_computed(), tokens_computed()] == [20, 1]
+    model.add_adapters(8)
+    assert [tokens_computed(), tokens_computed()] == [20, 1]
+    model.train_adapters()
+    assert [tokens_computed(), tokens_computed()] == [20, 20]
+    model.train_adapters(False)
+    assert [tokens_computed(), tokens_computed()] == [20, 1]
 
 
 def test_draws_do_not_depend_on_the_company(model):
