@@ -145,7 +145,7 @@ class GPTJ(FrozenGPTJ):
         embeds = None if inputs_embeds is None else [inputs_embeds]
         if isinstance(input_ids, Tensor):
             input_ids = [input_ids.flatten()]
-        x, lengths = gptj_generate.packed_prompts(self, input_ids, embeds, None, tokenizer)
+        x, lengths, _ = gptj_generate.packed_prompts(self, input_ids, embeds, None, tokenizer)
         checks.within_context(_OP, lengths[0], self.config.n_positions)
         if self.shared_batch is not None and not any(p.requires_grad for p in self.parameters()):
             return self._shared_prefix(x)
@@ -189,6 +189,7 @@ class GPTJ(FrozenGPTJ):
         tokenizer: Any = None,
         on_token: OnToken | None = None,
         prefix: Prefix | None = None,
+        lookup: int = 0,
     ) -> Generation:
         """Continues a batch of prompts, each of its own length.
 
@@ -207,8 +208,9 @@ class GPTJ(FrozenGPTJ):
             tokenizer: of transformers: encodes prompts of text, and makes `texts`.
             on_token: called as (row, token, text) with every token; text is what has become certain since, so that all
                 pieces together are the row's final text.
-
             prefix: of `self.prefix`: what comes before every prompt, not computed again.
+            lookup: try up to so many tokens at a time that followed the same three before, in the prompt's ids or in
+                what was said; the model checks them, so greedy texts stay what they are. 0, or a temperature: none.
 
         Returns: Generation with tokens, texts and what ended each.
         Raises: ValueError or TypeError for arguments that break this, before anything is computed.
@@ -218,7 +220,9 @@ class GPTJ(FrozenGPTJ):
             eos_token_id=eos_token_id, stop_strings=stop_strings, repetition_stop=repetition_stop, tokenizer=tokenizer,
         )  # fmt: skip
         with torch.no_grad():
-            x, lengths = gptj_generate.packed_prompts(self, input_ids, inputs_embeds, attention_mask, tokenizer)
+            x, lengths, ids = gptj_generate.packed_prompts(
+                self, input_ids, inputs_embeds, attention_mask, tokenizer
+            )
         if prefix is not None:
             checks.live_prefix(f"{_OP}.generate", prefix, Prefix, self)
         before = 0 if prefix is None else prefix.length
@@ -238,7 +242,8 @@ class GPTJ(FrozenGPTJ):
         try:
             for row, prompt in enumerate(x.split(lengths)):
                 told = None if on_token is None else partial(on_token, row)
-                requests.append(batch.add(prompt, max_new_tokens, sampler, stopping, seed + row, told, start))
+                how = {"on_token": told, "start": start, "lookup": lookup, "ids": ids[row]}
+                requests.append(batch.add(prompt, max_new_tokens, sampler, stopping, seed + row, **how))
             while not all(request.done for request in requests):
                 batch.step()
                 for request in requests:

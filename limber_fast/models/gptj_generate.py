@@ -146,8 +146,8 @@ class Row:
 
 def packed_prompts(
     model: Any, input_ids: Any, inputs_embeds: Any, attention_mask: Tensor | None, tokenizer: Any
-) -> tuple[Tensor, list[int]]:
-    """Prompts of any form as rows [T, E], one after another, and the length of each."""
+) -> tuple[Tensor, list[int], list[list[int]]]:
+    """Prompts of any form as rows [T, E], one after another, the length of each, and its ids, if it has any."""
     checks.exactly_one(_OP, input_ids=input_ids, inputs_embeds=inputs_embeds)
     name, prompts = ("input_ids", input_ids) if inputs_embeds is None else ("inputs_embeds", inputs_embeds)
     if isinstance(prompts, str) or (name == "input_ids" and _all(prompts, int)):
@@ -174,9 +174,9 @@ def packed_prompts(
         raise checks.invalid(_OP, name, "be prompts", checks.kind_of(prompts), kind=TypeError)
     x = torch.cat(rows)
     if name == "input_ids":
-        return model.embed(x), [len(row) for row in rows]
+        return model.embed(x), [len(row) for row in rows], [row.tolist() for row in rows]
     checks.embeddings(_OP, name, x, model.config.n_embd)
-    return x.to(model.dtype), [len(row) for row in rows]
+    return x.to(model.dtype), [len(row) for row in rows], [[]] * len(rows)
 
 
 def _all(prompts: Any, kind: type) -> bool:

@@ -15,6 +15,7 @@ from gptj_cases import byte_tokenizer, transformers_gptj
 from limber_fast import GPTJ
 from limber_fast.cache import CacheFull
 from limber_fast.models.gptj_model import FrozenGPTJ
+from limber_fast.models.gptj_request import Lookup
 
 PAGE = 8
 
@@ -254,3 +255,44 @@ def test_draws_do_not_depend_on_the_company(model):
     requests = [batch.submit(prompt, max_new_tokens=8, seed=i, **how) for i, prompt in enumerate(prompts)]
     batch.submit(prompts[0], max_new_tokens=3)  # a greedy one beside them
     assert [request.wait().row.tokens for request in requests] == one
+
+
+def test_drafts_change_no_token_and_save_passes(model, computed):
+    """Also where eos, a stop string, max_new_tokens or another request's end come within a draft."""
+    tokenizer = byte_tokenizer()
+    prompts = [ids_of_list(1 + seed, seed) for seed in range(8)]
+    for how in ({"eos_token_id": ()}, {"eos_token_id": (17, 200, 31, 5)}, {"stop_strings": ["a", "Q", "\u0120"]}):
+        how = dict(how, max_new_tokens=70, tokenizer=tokenizer)
+        plain = model.generate(prompts, **how)
+        assert model.generate(prompts, lookup=8, **how) == plain
+    passes = []
+    for prompt in prompts:
+        computed.clear()
+        model.generate([prompt], max_new_tokens=70, eos_token_id=(), lookup=8)
+        passes.append(len(computed))
+    assert min(passes) < 35 and max(passes) <= 70  # some random models' texts end in a loop
+    for new in range(1, 20):
+        expected = model.generate(prompts[:3], max_new_tokens=new, eos_token_id=())
+        assert model.generate(prompts[:3], max_new_tokens=new, eos_token_id=(), lookup=16) == expected
+    batch = model.continuous_batch(budget(model, 400))
+    requests = [batch.submit(prompt, max_new_tokens=40, eos_token_id=(), lookup=5) for prompt in prompts]
+    expected = model.generate(prompts, max_new_tokens=40, eos_token_id=()).tokens
+    assert [request.wait().row.tokens for request in requests] == expected
+    again = [batch.submit([*prompt, *said[:-1]], max_new_tokens=1, eos_token_id=())
+             for prompt, said in zip(prompts, expected, strict=True)]  # fmt: skip
+    assert [request.wait().row.tokens for request in again] == [said[-1:] for said in expected]  # right ones were kept
+
+
+def test_drafts_repeat_what_followed_and_pause_when_they_fail():
+    lookup = Lookup([1, 2, 3, 4, 5, 1, 2, 3], most=6)
+    assert lookup.draft(10) == [4, 5, 1, 2] and lookup.draft(2) == [4, 5]
+    lookup.learn(4, 4)
+    assert lookup.draft(10) == [4, 5, 1, 2, 3, 4]  # longer, and round the phrase
+    lookup.learn(0, 6)
+    assert [lookup.draft(9) for _ in range(3)] == [[], [4, 5, 1, 2], [4, 5, 1, 2]]
+    lookup.learn(0, 4)
+    assert [bool(lookup.draft(9)) for _ in range(4)] == [False, False, False, True]
+    lookup.learn(1, 4)
+    assert lookup.draft(9) == [4, 5]
+    lookup.add(9)
+    assert lookup.draft(9) == []
