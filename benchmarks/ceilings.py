@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property
 from importlib import import_module
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from limber_fast import native
+from limber_fast.dispatch import BackendUnavailable
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -39,6 +43,12 @@ class Ceilings:
             return "amx bf16 dot products, six for one of fp32", peaks["bf16"] / 6
         return f"{isa} fp32 multiply-adds", peaks["fp32"]
 
+    def bandwidth(self, device: str) -> tuple[str, float]:
+        """Name and bytes/s of the ceiling of a row that reads and writes more than it computes."""
+        if device == "cuda":
+            return "reading device memory", self._cuda_read_bytes_per_s
+        return "reading memory", self.read_bytes_per_s
+
     def facts(self) -> dict[str, Any]:
         return {
             "threads": self.threads,
@@ -58,6 +68,40 @@ class Ceilings:
     @cached_property
     def _cuda_gemm(self) -> dict[str, float]:
         return {kind: _gemm("cuda", dtype, 8192) for kind, dtype in _DTYPES.items()}
+
+    @cached_property
+    def _cuda_read_bytes_per_s(self) -> float:
+        return _read("cuda", 2 << 30)  # 17 times the largest L2
+
+
+def _read(device: str, size: int) -> float:
+    """Bytes/s of reading `size` bytes: by our own kernel where it is built for the device, else by torch's sum."""
+    words = torch.ones(size // 4, dtype=torch.int32, device=device)
+    total, read = words.new_empty((), dtype=torch.int64), lambda: torch.sum(words, 0, out=total)
+    if device == "cuda":
+        with suppress(BackendUnavailable):
+            total, read = _own_read(words)
+    launches, best = 4, float("inf")  # of a single one the wait for its end would be a twentieth
+    for _ in range(4):
+        start = time.perf_counter()
+        for _ in range(launches):
+            read()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    if total.sum() != len(words):
+        raise AssertionError(f"reading memory: {len(words)} words of 1 add up to {total.sum()}")
+    return launches * 4 * len(words) / best
+
+
+def _own_read(words: Tensor) -> tuple[Tensor, Callable[[], None]]:
+    """Where `read_words` leaves its sums, and the call."""
+    read_words, device = native.cuda().read_words, words.device.index
+    blocks = 8 * torch.cuda.get_device_properties(device).multi_processor_count  # of 256 threads: all that are resident
+    partials = words.new_empty(blocks)
+    stream = torch.cuda.current_stream().cuda_stream
+    size = 4 * len(words)
+    return partials, lambda: read_words(words.data_ptr(), size, partials.data_ptr(), blocks, device, stream)
 
 
 def _gemm(device: str, dtype: torch.dtype, size: int) -> float:

@@ -50,9 +50,9 @@ def compare(
         columns = measure(trial, workload.device, benchmark, budget, workload.fewest_rounds)
         row |= {"backend": backend, "isa": isa, "threads": limits.threads, **columns}
         if "warm_s" in row and trial.bound == "bytes":
-            bytes_per_s = limits.read_bytes_per_s
+            ceiling, bytes_per_s = limits.bandwidth(workload.device)
             row |= {
-                "ceiling": "reading memory",
+                "ceiling": ceiling,
                 "ceiling_bytes_per_s": bytes_per_s,
                 "ceiling_fraction": trial.bytes / row["warm_s"] / bytes_per_s,
                 "ceiling_fraction_of_best": trial.bytes / row["best_s"] / bytes_per_s,

@@ -22,8 +22,12 @@ _SMALLEST_MACRO = 2048  # below it a macro-tile is the whole problem
 
 
 def tma_can_read(*towers: Tensor | None) -> bool:
-    """Rows and pointers of whole 16 bytes."""
-    return all(x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0 for x in towers if x is not None)
+    """Rows and pointers of whole 16 bytes, and no row within another's: a descriptor's stride is at least its width."""
+    return all(
+        x.stride(0) >= x.shape[1] and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+        for x in towers
+        if x is not None
+    )
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("matplotlib")
 
@@ -86,9 +87,34 @@ def test_rows_say_what_ran_and_against_what(small):
     }
 
 
-def test_rows_without_their_device_say_so(small):
-    import torch
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda,
+                                        pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")])],
+)  # fmt: skip
+def test_bytes_are_held_against_the_memory_of_their_device(device, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import ceilings
 
+    found = object.__new__(ceilings.Ceilings)
+    found.read_bytes_per_s = ceilings._read("cpu", 1 << 20)
+    monkeypatch.setattr(ceilings, "_read", lambda where, size, read=ceilings._read: (where, read(device, size >> 8)))
+    assert found.read_bytes_per_s > 0 and found.bandwidth("cpu") == ("reading memory", found.read_bytes_per_s)
+    name, (where, rate) = found.bandwidth("cuda")
+    assert (name, where) == ("reading device memory", "cuda") and rate > 0
+
+
+def test_a_read_that_misses_words_is_no_ceiling(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import ceilings
+
+    whole = torch.sum
+    monkeypatch.setattr(torch, "sum", lambda words, dim, out: whole(words[1:], dim, out=out))
+    with pytest.raises(AssertionError, match="262144 words of 1 add up to 262143"):
+        ceilings._read("cpu", 1 << 20)
+
+
+def test_rows_without_their_device_say_so(small):
     rows = [row for row in small.result["rows"] if row["device"] == "cuda"]
     assert len(rows) == 2
     if not torch.cuda.is_available():

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gpu.launching import ENGINES, on, running, send_to_triton
 from limber_fast import info_nce
+from limber_fast.kernels.info_nce_launch import tma_can_read
 from limber_fast.reference.info_nce import info_nce as reference
 
 
@@ -137,6 +138,17 @@ def test_nan_reaches_what_it_reaches_in_eager(engine, tower):
     dense = cases.eager_info_nce(*leaves, torch.tensor(9.0), symmetric=False)
     for x, y in zip((loss, *found), (dense, *torch.autograd.grad(dense.sum(), leaves)), strict=True):
         assert torch.equal(x.isnan(), y.isnan())
+
+
+@pytest.mark.parametrize("stride", [0, 64])
+def test_rows_that_overlap_are_read_without_descriptors(engine, stride):
+    """Their stride is less than their width, which no descriptor takes."""
+    image, text, scale = cases.towers("unit", 70, 70, 72, torch.bfloat16)
+    overlapping = text.flatten().as_strided((70, 72), (stride, 1))
+    assert tma_can_read(image, text) and not tma_can_read(image, overlapping)
+    with running(engine):
+        found, expected = (on(engine, info_nce)(image, x, scale) for x in (overlapping, overlapping.clone()))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("frozen", ["image", "text"])
