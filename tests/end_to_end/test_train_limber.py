@@ -150,8 +150,11 @@ def command(config, *options, processes=1):
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def test_two_processes_train_as_one(config, tmp_path):
+@pytest.mark.parametrize("magma", [False, True])
+def test_two_processes_train_as_one(config, tmp_path, magma):
     config = dataclasses.replace(config, dropout=0.0, steps=4, learning_rate=1e-3)
+    if magma:
+        config = dataclasses.replace(config, adapters=16, layer_norm=True, grad_checkpointing=True)
     maps = []
     for processes in (1, 2):
         mine = dataclasses.replace(config, output=str(tmp_path / f"of{processes}"))
