@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from limber_fast.kernels import info_nce_launch
+from limber_fast.kernels import info_nce_bwd_launch, info_nce_launch
 from limber_fast.kernels.catalogue import Case, Work
 from limber_fast.kernels.info_nce_configs import choose
 from limber_fast.kernels.recording import Launch, recording
@@ -75,8 +75,8 @@ def launches(target: str, options: Options, arithmetic: str, rows: int = N) -> l
     gradient = torch.ones(rows)
     with recording() as found:
         row, col, _, _ = info_nce_launch.info_nce_fwd(call, options.stats)
-        info_nce_launch.info_nce_bwd(call, row, col, gradient, gradient if options.symmetric else None, need_image=True,
-                                     need_text=True, need_extra=options.extra > 0)  # fmt: skip
+        info_nce_bwd_launch.info_nce_bwd(call, row, col, gradient, gradient if options.symmetric else None,
+                                         need_image=True, need_text=True, need_extra=options.extra > 0)  # fmt: skip
     return found
 
 

@@ -7,8 +7,8 @@ import torch
 
 from limber_fast.backends.triton import device
 from limber_fast.kernels import info_nce_cases
+from limber_fast.kernels.info_nce_bwd_launch import WORKSPACE, macro_side
 from limber_fast.kernels.info_nce_configs import Tiles
-from limber_fast.kernels.info_nce_launch import WORKSPACE, macro_side
 from limber_fast.report.aot import gate
 
 

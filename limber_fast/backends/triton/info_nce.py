@@ -1,4 +1,4 @@
-"""info_nce: tensors to the launchers of kernels/info_nce_launch.py."""
+"""info_nce: tensors to the launchers of kernels/info_nce_launch.py and info_nce_bwd_launch.py."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _tuned(call: Any) -> Any:
 
     The number of programs changes no build and no bit of a result.
     """
-    from limber_fast.kernels import info_nce_launch
+    from limber_fast.kernels import info_nce_bwd_launch, info_nce_launch
 
     table = call.programs
 
@@ -57,8 +57,8 @@ def _tuned(call: Any) -> Any:
 
         def step() -> None:
             row, col, _, _ = info_nce_launch.info_nce_fwd(timed, False)
-            info_nce_launch.info_nce_bwd(timed, row, col, gradient, gradient_of_columns, need_image=True,
-                                         need_text=True, need_extra=call.extra is not None)  # fmt: skip
+            info_nce_bwd_launch.info_nce_bwd(timed, row, col, gradient, gradient_of_columns, need_image=True,
+                                             need_text=True, need_extra=call.extra is not None)  # fmt: skip
 
         return do_bench(step)
 
@@ -92,11 +92,11 @@ def info_nce_bwd(
     col_grad: Tensor | None, state: InfoNceState, *, label_smoothing: float, normalize: bool, variant: str,
     symmetric: bool, need_image: bool, need_text: bool, need_extra: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    from limber_fast.kernels import info_nce_launch
+    from limber_fast.kernels import info_nce_bwd_launch
 
     call = _call(image, text, extra_negatives, logit_scale, logit_bias, labels, image_ids, text_ids, label_smoothing,
                  normalize, variant, col_grad is not None)  # fmt: skip
-    return info_nce_launch.info_nce_bwd(
+    return info_nce_bwd_launch.info_nce_bwd(
         call, state.row, state.col, row_grad, col_grad, need_image=need_image, need_text=need_text,
         need_extra=need_extra,
     )

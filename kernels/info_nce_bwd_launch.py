@@ -1,0 +1,126 @@
+"""Launchers of the info_nce kernels, backward: macro-tiles, accumulators, launch order.
+
+Memory: macro-tiles of dS within WORKSPACE bytes, and one fp32 accumulator of the text tower where gradients are 16-bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+
+from limber_fast.kernels import info_nce_bwd as backward
+from limber_fast.kernels.info_nce_configs import Tiles
+from limber_fast.kernels.info_nce_launch import WORKSPACE, Call
+
+_SMALLEST_MACRO = 2048  # below it a macro-tile is the whole problem
+
+
+@lru_cache(maxsize=256)
+def macro_side(
+    n: int, m: int, d: int, size: int, accumulator: int, whole: int, dual: Tiles, sms: int
+) -> int:
+    """Rows and columns of a macro-tile: what fits in the workspace and leaves the fewest multiprocessors idle.
+
+    Counted in steps of the products' depth on the busiest multiprocessor: dS takes D / 2 of them a tile, the products
+    their depth; 60 and 176 more go to what surrounds a tile. At D = 768 a fixed 4096 left them idle 27% of the time.
+    """
+    best = (float("inf"), whole)
+    for side in range(min(_SMALLEST_MACRO, triton.cdiv(max(n, m), whole) * whole), WORKSPACE, whole):
+        if side > _SMALLEST_MACRO and side * (side * size + d * accumulator) > WORKSPACE:
+            break
+        blocks = side // whole
+        items = 2 * side // dual.BLOCK_M * triton.cdiv(d, dual.BLOCK_N)
+        steps = triton.cdiv(blocks * blocks, sms) * (d // 2 + 60) + triton.cdiv(items, sms) * (side + 176)
+        best = min(best, (triton.cdiv(n, side) * triton.cdiv(m, side) * steps, side))
+        if side >= max(n, m):
+            break
+    return best[1]
+
+
+def info_nce_bwd(
+    call: Call, row: Tensor, col: Tensor, row_grad: Tensor, col_grad: Tensor | None, *, need_image: bool,
+    need_text: bool, need_extra: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of the towers that are wanted, in the towers' dtype."""
+    n, d = call.image.shape
+    ds, dual, norms = call.ds_tiles(), call.config.dual, call.norms()
+    grads = [row_grad, *([] if col_grad is None else [col_grad])]
+    unit = torch.stack([g.abs().nan_to_num(0.0, 0.0).amax() for g in grads]).amax()
+    unit = torch.where(unit > 0, unit, torch.ones_like(unit))
+    norm_unit = torch.stack([x.amin() for x in norms.values()]).amin() ** 2 if norms else unit
+    direct = call.image.dtype == torch.float32  # the gradient itself accumulates
+
+    wanted = {True: need_text, False: need_extra}
+    outputs, sums = [], []
+    for columns, is_text in call.sides():
+        out = torch.empty_like(columns, memory_format=torch.contiguous_format) if wanted[is_text] else None
+        outputs.append(out)
+        sums.append(out if direct or out is None else call.new(*columns.shape))
+    d_image = torch.empty_like(call.image, memory_format=torch.contiguous_format) if need_image else None
+
+    whole = max(ds.BLOCK_M, ds.BLOCK_N, dual.BLOCK_M)
+    widest = max(columns.shape[0] for columns, _ in call.sides())
+    side = macro_side(n, widest, d, call.image.element_size(), 0 if direct else 4, whole, dual, call.sms)
+    tall, wide = (min(side, triton.cdiv(size, whole) * whole) for size in (n, widest))
+    g = call.new(tall, wide, dtype=call.image.dtype)
+    block = None if direct or not need_image else call.new(tall, d)
+
+    def gradient(acc: Tensor, x: Tensor, out: Tensor, norm: Tensor) -> None:
+        backward.info_nce_gradient_kernel[(triton.cdiv(len(x), 32),)](
+            acc, x, norm, out, call.scale, unit, norm_unit, len(x), d, x.stride(0), NORMALIZE=call.normalize,
+            BLOCK_M=32, BLOCK_D=min(128, triton.next_power_of_2(d)),
+        )  # fmt: skip
+
+    for row0 in range(0, n, tall):
+        first_image = True
+        for (columns, is_text), out in zip(call.sides(), sums, strict=True):
+            if d_image is None and out is None:
+                continue
+            for column0 in range(0, columns.shape[0], wide):
+                h = min(tall, triton.cdiv(n - row0, whole) * whole)
+                w = min(wide, triton.cdiv(columns.shape[0] - column0, whole) * whole)
+                _macro_tile(call, columns, is_text, norms, row, col, row_grad, col_grad, unit, norm_unit, g, row0,
+                            column0, h, w)  # fmt: skip
+                num_d = triton.cdiv(d, dual.BLOCK_N)
+                image_items = 0 if d_image is None else h // dual.BLOCK_M * num_d
+                text_items = 0 if out is None else w // dual.BLOCK_M * num_d
+                # A role that is not wanted needs a pointer of the accumulators' type all the same.
+                image_acc = unit if d_image is None else d_image if direct else block
+                backward.info_nce_dual_kernel[(image_items + text_items,)](
+                    g, call.image, columns, image_acc, unit if out is None else out, n, columns.shape[0], d,
+                    call.image.stride(0), columns.stride(0), wide, row0, column0, 0 if direct else row0,
+                    n if direct else h, h, w, image_items, text_items, int(first_image), int(row0 == 0), num_d,
+                    BLOCK_M=dual.BLOCK_M, BLOCK_D=dual.BLOCK_N, BLOCK_K=dual.BLOCK_K, TMA=call.config.tma,
+                    PRECISION=call.precision, STAGES=dual.stages, num_warps=dual.num_warps, num_stages=dual.stages,
+                )  # fmt: skip
+                first_image = False
+        if d_image is not None:
+            rows = slice(row0, min(row0 + tall, n))
+            norm = norms[id(call.image)][rows] if norms else unit
+            gradient(d_image[rows] if direct else block, call.image[rows], d_image[rows], norm)
+    for (columns, _), out, acc in zip(call.sides(), outputs, sums, strict=True):
+        if out is not None:
+            gradient(acc, columns, out, norms.get(id(columns), unit))
+    return d_image, outputs[0], outputs[1] if len(outputs) > 1 else None
+
+
+def _macro_tile(
+    call: Call, columns: Tensor, is_text: bool, norms: dict[int, Tensor], row: Tensor, col: Tensor, row_grad: Tensor,
+    col_grad: Tensor | None, unit: Tensor, norm_unit: Tensor, g: Tensor, row0: int, column0: int, h: int, w: int,
+) -> None:  # fmt: skip
+    """Fills the workspace: the tiles that one exponential serves, then the others (normally none)."""
+    ds = call.ds_tiles()
+    for separate in (False,) if call.sigmoid else (False, True):
+        backward.info_nce_ds_kernel[call.grid(h // ds.BLOCK_M * (w // ds.BLOCK_N))](
+            **call.towers(columns, norms), **call.selectors(), **call.flags(is_text), bias=call.bias, row_state=row,
+            col_state=col, row_grad=row_grad, col_grad=row_grad if col_grad is None else col_grad, unit=unit,
+            norm_unit=norm_unit, g=g, row0=row0, column0=column0, num_m=h // ds.BLOCK_M, num_n=w // ds.BLOCK_N,
+            g_stride=g.shape[1], smoothing=call.label_smoothing, GROUP=call.config.group,
+            HAS_COLUMNS=call.columns and is_text, HAS_SMOOTHING=call.label_smoothing > 0, SIGMOID=call.sigmoid,
+            SEPARATE=separate, WIDE=call.image.dtype == torch.float32,
+            **call.product(replace(ds, num_warps=8) if separate else ds),
+        )  # fmt: skip
