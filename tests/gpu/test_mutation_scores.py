@@ -86,8 +86,8 @@ PROBLEMS = {
     ],
     "project_concat": [
         _prompts(n_images=3, k=50, d=328, e=136, dropout_p=0.3),
-        # Rows of more than one block of the norm's kernels.
-        _prompts(n_images=3, k=50, d=72, e=1100, dropout_p=0.3, norm=True, int8=True),
+        # Rows of more than one block of the norm's kernels; steps enough that the ring of TMA buffers is filled again.
+        _prompts(n_images=3, k=50, d=200, e=1100, dropout_p=0.3, norm=True, int8=True),
     ],
 }
 
