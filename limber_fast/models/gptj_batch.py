@@ -29,7 +29,8 @@ PATIENCE = 4
 
 
 class ContinuousBatch:
-    """Answers many prompts that come and go; greedy answers are those of each prompt alone, whatever else runs.
+    """Answers many prompts that come and go; greedy answers are those of each prompt alone, whatever else runs, but for
+    ties that are nearer than the rounding of products of another size.
 
     A step computes up to `chunk` tokens of prompts, or one token of every request that is answering. A request is
     admitted, in order, when the pool has all pages that it may need, so that none runs out half way. One whose prompt
