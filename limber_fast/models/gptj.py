@@ -210,8 +210,8 @@ class GPTJ(FrozenGPTJ):
                 pieces together are the row's final text.
             prefix: of `self.prefix`: what comes before every prompt, not computed again.
             lookup: try up to so many tokens at a time that followed the same three before, in the prompt's ids or in
-                what was said; the model checks them, so greedy texts stay what they are, but for ties that the rounding of
-                larger products decides otherwise (seen in bf16 with random weights). 0, or a temperature: none.
+                what was said; the model checks them, so greedy texts stay what they are, but for ties that the rounding
+                of larger products decides otherwise (seen in bf16, random weights). 0, or a temperature: none.
 
         Returns: Generation with tokens, texts and what ended each.
         Raises: ValueError or TypeError for arguments that break this, before anything is computed.
