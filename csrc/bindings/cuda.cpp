@@ -3,8 +3,10 @@
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
+#include <string>
 
 #include "params/ceilings.h"
+#include "params/prefix_attention.h"
 
 namespace py = pybind11;
 
@@ -45,6 +47,44 @@ void read_words(std::uintptr_t source, std::int64_t bytes, std::uintptr_t partia
                       device, reinterpret_cast<void*>(stream)});
 }
 
+template <class T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void prefix_attention_fwd(std::uintptr_t q, std::uintptr_t k, std::uintptr_t v, std::int64_t q_stride,
+                          std::int64_t k_stride, std::int64_t v_stride, std::uintptr_t pages, std::int64_t page_stride,
+                          std::int64_t T, std::int64_t N, std::int64_t H, std::int64_t D, std::int64_t page_size,
+                          const std::string& dtype, std::uintptr_t queries, std::uintptr_t lengths,
+                          std::uintptr_t page_table, std::int64_t table_width, std::uintptr_t order,
+                          std::uintptr_t shared, std::int64_t runs, std::uintptr_t alone, std::uintptr_t positions,
+                          std::uintptr_t rotary, std::int64_t rotary_dims, float scale, std::uintptr_t out,
+                          std::uintptr_t part_sums, std::uintptr_t part_heads, std::int64_t slots, int device,
+                          std::uintptr_t stream) {
+  if ((q | k | v | pages | out) % 16 || (q_stride | k_stride | v_stride | page_stride) % 8)
+    throw py::value_error("prefix_attention: rows and pages must be 16-byte aligned");
+  if (page_size < 1 || page_size & (page_size - 1))
+    throw py::value_error("prefix_attention: page_size must be a power of two");
+  if (slots < limber::prefix_attention_slots(table_width, page_size, runs))
+    throw py::value_error("prefix_attention: slots are too few; see prefix_attention_slots");
+  limber::PrefixAttentionLaunch p{};
+  p.q = pointer<void>(q), p.k = pointer<void>(k), p.v = pointer<void>(v);
+  p.q_stride = q_stride, p.k_stride = k_stride, p.v_stride = v_stride;
+  p.pages = pointer<void>(pages), p.page_stride = page_stride;
+  p.T = T, p.N = N, p.H = H, p.D = D, p.page_size = page_size;
+  p.dtype = dtype == "bfloat16" ? limber::Dtype::bf16 : limber::Dtype::f16;
+  p.queries = pointer<std::int32_t>(queries), p.lengths = pointer<std::int32_t>(lengths);
+  p.page_table = pointer<std::int32_t>(page_table), p.table_width = table_width;
+  p.order = pointer<std::int32_t>(order), p.shared = pointer<std::int32_t>(shared), p.runs = runs;
+  p.alone = pointer<std::int32_t>(alone), p.positions = pointer<std::int32_t>(positions);
+  p.rotary = pointer<float>(rotary), p.rotary_dims = rotary_dims, p.scale = scale, p.out = pointer<void>(out);
+  p.part_sums = pointer<void>(part_sums), p.part_heads = pointer<float>(part_heads), p.slots = slots;
+  p.device = device, p.stream = pointer<void>(stream);
+  while ((std::int64_t(1) << p.page_shift) < page_size) ++p.page_shift;
+  const py::gil_scoped_release unlocked;
+  limber::prefix_attention_cuda(p);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -55,4 +95,14 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("read_words", &read_words, py::arg("source"), py::arg("bytes"), py::arg("partials"), py::arg("blocks"),
         py::arg("device"), py::arg("stream"),
         "Reads source once; partials [blocks] uint32 receives the sum of its 32-bit words, modulo 2^32, in parts");
+  m.def("prefix_attention_slots", &limber::prefix_attention_slots, py::arg("table_width"), py::arg("page_size"),
+        py::arg("runs"), "Parts that a row can have");
+  m.def("prefix_attention_fwd", &prefix_attention_fwd, py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"),
+        py::arg("q_stride"), py::arg("k_stride"), py::arg("v_stride"), py::arg("pages"), py::arg("page_stride"),
+        py::arg("T"), py::arg("N"), py::arg("H"), py::arg("D"), py::arg("page_size"), py::arg("dtype"),
+        py::arg("queries"), py::arg("lengths"), py::arg("page_table"), py::arg("table_width"), py::arg("order"),
+        py::arg("shared"), py::arg("runs"), py::arg("alone"), py::arg("positions"), py::arg("rotary"),
+        py::arg("rotary_dims"), py::arg("scale"), py::arg("out"), py::arg("part_sums"), py::arg("part_heads"),
+        py::arg("slots"), py::arg("device"), py::arg("stream"),
+        "See csrc/params/prefix_attention.h. Pointers are integers, 0 for none.");
 }

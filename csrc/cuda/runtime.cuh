@@ -17,6 +17,21 @@ inline void check_cuda(cudaError_t status, const char* what) {
 // Errors of the launch itself; those of the running kernel surface at the next synchronisation, as in torch.
 inline void check_launch(const char* kernel) { check_cuda(cudaGetLastError(), kernel); }
 
+// One launch with more dynamic shared memory than the 48 KiB that every kernel may have.
+template <class Params>
+void launch(void (*kernel)(Params), const char* name, dim3 grid, int threads, int shared, void* stream,
+            const Params& params) {
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), name);
+  kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(params);
+  check_launch(name);
+}
+
+inline int multiprocessors(int device) {
+  int count = 0;
+  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  return count;
+}
+
 // Selects `device` for this scope. A stream belongs to its device: a launch from another one fails.
 class DeviceGuard {
  public:

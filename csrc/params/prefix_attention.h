@@ -31,4 +31,23 @@ struct PrefixAttentionParams {
   void* out;  // [T, H, D]
 };
 
+// What the CUDA kernels are told besides. Everything that changes between replays of a graph lies behind pointers.
+struct PrefixAttentionLaunch : PrefixAttentionParams {
+  static constexpr int64_t SPLIT = 256;  // tokens of a part
+  void* part_sums;                       // [T, H, slots, D] fp16, weights times V over the part's scale
+  float* part_heads;                     // [T, H, slots, 4] largest logit, sum of the weights, scale, unused
+  int64_t slots;                         // parts that a row can have, prefix_attention_slots
+  int32_t page_shift;                    // page_size = 1 << page_shift
+  int32_t run_tiles, run_blocks;         // blocks of a run of shared tokens: row tiles, splits side by side
+  int32_t alone_blocks;                  // blocks of a sequence's own cached tokens
+  int32_t device;
+  void* stream;
+};
+
+// A row has a part per SPLIT tokens, and one more per run of shared tokens that ends within.
+inline int64_t prefix_attention_slots(int64_t table_width, int64_t page_size, int64_t runs) {
+  return (table_width * page_size + PrefixAttentionLaunch::SPLIT - 1) / PrefixAttentionLaunch::SPLIT + runs;
+}
+void prefix_attention_cuda(PrefixAttentionLaunch p);
+
 }  // namespace limber

@@ -1,0 +1,216 @@
+"""The CUDA extension on a machine without a GPU: its sources compiled for a chip as PTX, and for the host's CPU.
+
+    with emulated(seed=3):
+        prefix_attention(..., backend="cuda")           # on CPU tensors, through the production adapter and launcher
+    with executed(ptx("prefix_attention", "sm_80"), races=True):
+        prefix_attention(..., backend="cuda")           # the same, by the executor of compiled PTX
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from gpu.ptx import execute
+from limber_fast import dispatch, native
+from limber_fast.backends import cuda
+
+ROOT = Path(__file__).parents[2]
+EMULATION = Path(__file__).parent / "emulation"
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@functools.cache
+def folder() -> Path:
+    """Where this process keeps what it compiles; removed at its end."""
+    folder.kept = tempfile.TemporaryDirectory()
+    return Path(folder.kept.name)
+
+
+def source(stem: str) -> str:
+    return f"csrc/cuda/{stem}.cu"
+
+
+@functools.cache
+def ptx(stem: str, target: str) -> str:
+    """PTX of all kernels of a source; sm_90 is compiled as sm_90a, as setup.py does it."""
+    path = folder() / f"{stem}_{target}.ptx"
+    run("nvcc", "-ptx", "-O3", "-std=c++17", "-Icsrc", f"-arch={target.replace('90', '90a')}", "-o", str(path),
+        source(stem))  # fmt: skip
+    return path.read_text()
+
+
+def cuda_headers() -> str:
+    dry_run = run("nvcc", "--dryrun", source("prefix_attention"), "-o", "a.out")
+    return re.search(r'INCLUDES="-I([^"]+)"', dry_run)[1]
+
+
+@functools.cache
+def emulation(*flags: str) -> Path:
+    """The production source as a library of this machine, its CUDA replaced by the headers of tests/gpu/emulation."""
+    path = folder() / f"emulated{len(list(folder().glob('*.so')))}.so"
+    run("g++", "-std=c++17", "-O2", "-fno-strict-aliasing", "-fPIC", "-shared", *flags, f"-I{EMULATION}", "-Icsrc",
+        "-isystem", cuda_headers(), str(EMULATION / "prefix_attention.cpp"), "-o", str(path))  # fmt: skip
+    return path
+
+
+_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
+
+
+class Params(ctypes.Structure):
+    """PrefixAttentionLaunch of csrc/params/prefix_attention.h."""
+
+    _fields_ = [
+        *((name, _POINTER) for name in ("q", "k", "v")),
+        *((name, _LONG) for name in ("q_stride", "k_stride", "v_stride")),
+        ("pages", _POINTER),
+        *((name, _LONG) for name in ("page_stride", "T", "N", "H", "D", "page_size")),
+        ("dtype", _INT),
+        *((name, _POINTER) for name in ("queries", "lengths", "page_table")),
+        ("table_width", _LONG),
+        *((name, _POINTER) for name in ("order", "shared")),
+        ("runs", _LONG),
+        *((name, _POINTER) for name in ("alone", "positions", "rotary")),
+        ("rotary_dims", _LONG),
+        ("scale", ctypes.c_float),
+        ("threads", _INT),
+        ("out", _POINTER),
+        *((name, _POINTER) for name in ("part_sums", "part_heads")),
+        ("slots", _LONG),
+        *((name, _INT) for name in ("page_shift", "run_tiles", "run_blocks", "alone_blocks", "device")),
+        ("stream", _POINTER),
+    ]
+
+    @classmethod
+    def of(cls, *, dtype: str, device: Any = None, stream: int = 0, **values: Any) -> Params:
+        return cls(dtype=DTYPES[dtype], page_shift=values["page_size"].bit_length() - 1, **values)
+
+
+class Module:
+    """Stands for the native module in front of the production adapter."""
+
+    SPLIT = 256
+
+    def __init__(self, launch: Callable[[Params], None]) -> None:
+        self.launch = launch
+
+    def prefix_attention_slots(self, table_width: int, page_size: int, runs: int) -> int:
+        return -(-table_width * page_size // self.SPLIT) + runs
+
+    def prefix_attention_fwd(self, **values: Any) -> None:
+        self.launch(Params.of(**values))
+
+
+@contextmanager
+def standing_in(launch: Callable[[Params], None], tensors: list[torch.Tensor]) -> Iterator[None]:
+    """The cuda backend takes CPU tensors, noted in `tensors`, and hands its parameters to `launch`."""
+
+    def address(x: torch.Tensor | None) -> int:
+        if x is None or not x.numel():
+            return 0
+        tensors.append(x)
+        return x.data_ptr()
+
+    with (
+        mock.patch.dict(dispatch.ORDER, cpu=("cuda", "cpu", "eager")),
+        mock.patch.object(native, "cuda", lambda: Module(launch)),
+        mock.patch.object(torch.cuda, "is_available", lambda: True),
+        mock.patch.object(torch.cuda, "get_device_capability", lambda device: (9, 0)),
+        mock.patch.object(cuda, "_stream", lambda device: 0),
+        mock.patch.object(cuda, "_address", address),
+    ):
+        yield
+
+
+_ELSEWHERE = ctypes.CFUNCTYPE(
+    None, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_int, ctypes.c_int, ctypes.c_void_p
+)
+
+
+@contextmanager
+def emulated(seed: int = 0, eager: bool = False, library: Path | None = None) -> Iterator[None]:
+    """Calls run on the host emulation; `eager`: its asynchronous copies land at once."""
+    with standing_in(lambda p: _call(p, seed, eager, _ELSEWHERE(), library), []):
+        yield
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: the kernel's mangled name, its grid and what it needs besides."""
+
+    kernel: str
+    grid: tuple[int, int]
+    threads: int
+    shared: int
+    params: Params
+    tensors: list[torch.Tensor]
+
+
+@contextmanager
+def launches(run: Callable[[Launch], None]) -> Iterator[None]:
+    """Every launch that the production launcher makes inside the block goes to `run`."""
+    tensors: list[torch.Tensor] = []
+    failed: list[BaseException] = []
+
+    def elsewhere(name: bytes, x: int, y: int, threads: int, shared: int, params: int) -> None:
+        try:
+            if not failed:
+                copied = Params.from_buffer_copy(ctypes.string_at(params, ctypes.sizeof(Params)))
+                run(Launch(name.decode(), (x, y), threads, shared, copied, list(tensors)))
+        except BaseException as error:  # C++ lies between here and the caller
+            failed.append(error)
+
+    def launch(p: Params) -> None:
+        _call(p, 0, False, _ELSEWHERE(elsewhere), None)
+        tensors.clear()
+        if failed:
+            raise failed.pop()
+
+    with standing_in(launch, tensors):
+        yield
+
+
+@contextmanager
+def executed(text: str, **options: Any) -> Iterator[list[Launch]]:
+    """Every launch is executed from its PTX in `text`; yields the list of them. Options are those of `execute`."""
+    done: list[Launch] = []
+
+    def run_one(launch: Launch) -> None:
+        done.append(launch)
+        execute(text, launch.grid, (launch.threads,), [bytes(launch.params)], shared_bytes=launch.shared,
+                tensors=launch.tensors, entry=launch.kernel, **options)  # fmt: skip
+
+    with launches(run_one):
+        yield done
+
+
+def _call(p: Params, seed: int, eager: bool, elsewhere: Any, library: Path | None) -> None:
+    loaded = ctypes.CDLL(str(library or emulation()))
+    loaded.size_of_params.restype = ctypes.c_int64
+    assert loaded.size_of_params() == ctypes.sizeof(Params)
+    loaded.emulated_prefix_attention(ctypes.byref(p), seed, int(eager), elsewhere)
+
+
+def asan_runtime() -> str:
+    return run("g++", "-print-file-name=libasan.so").strip()

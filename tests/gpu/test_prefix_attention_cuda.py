@@ -1,0 +1,170 @@
+"""The CUDA extension's prefix_attention as compiled: its PTX executed, and what each chip needs for it.
+
+PTX is that of sm_80, which ptxas turns into code for every chip; `slow_gpu` compiles for each as setup.py does.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+
+import pytest
+import torch
+from ops.test_prefix_attention_values import Call
+
+from gpu.nvcc import Launch, executed, folder, launches, needs_nvcc, ptx, run, source
+from gpu.ptx.stats import Recorder
+from gpu.test_prefix_attention_emulated import LONG
+from limber_fast import prefix_attention
+from limber_fast.report.aot import sass
+from limber_fast.report.aot.build import _cuobjdump
+from limber_fast.report.aot.chips import CHIPS, occupancy
+
+pytestmark = [needs_nvcc, pytest.mark.usefixtures("poisoned")]
+STEM = "prefix_attention"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    registers: int
+    stack: int
+    opcodes: dict[str, int]
+
+
+def assembled(text_or_source: str, target: str) -> dict[str, Kernel]:
+    """Every kernel of a cubin for the target, by its mangled name."""
+    path = folder() / f"{target}.cubin"
+    run("nvcc", "-cubin", "-O3", "-std=c++17", "-Icsrc", f"-arch={target.replace('90', '90a')}", "-o", str(path),
+        text_or_source)  # fmt: skip
+    usage, code = _cuobjdump("-res-usage", str(path)), _cuobjdump("-sass", str(path))
+    needs = {
+        name: (int(registers), int(stack))
+        for name, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage)
+    }
+    parts = re.split(r"Function : (\S+)", code)
+    opcodes = {name: sass.histogram(sass.parse(body)) for name, body in zip(parts[1::2], parts[2::2], strict=True)}
+    return {name: Kernel(*needs[name], dict(opcodes[name])) for name in needs}
+
+
+@functools.cache
+def shared_by_kernel() -> dict[str, Launch]:
+    """Every build that the launcher asks for, by its mangled name."""
+    found: dict[str, Launch] = {}
+    with launches(lambda launch: found.setdefault(launch.kernel, launch)):
+        for dtype in (torch.bfloat16, torch.float16):
+            for dims in (64, 128, 256):
+                for step in (((7, 1), (0, 1)), ((0, 40),)):  # 16 rows a block, and 32
+                    call = Call(dtype, 1, dims)
+                    sequences, queries = call.alone(step)
+                    batch = call.pool.batch(sequences, queries)
+                    prefix_attention(*call.rows(batch.tokens), call.pool.layer(0), batch, backend="cuda")
+    return found
+
+
+def check_gate(kernels: dict[str, Kernel], target: str) -> None:
+    """No spills, products on tensor cores, copies past the registers, two blocks on an SM of up to 32 rows."""
+    launched, chip = shared_by_kernel(), CHIPS[target]
+    assert launched.keys() == kernels.keys() and len(kernels) == 18
+    for name, kernel in kernels.items():
+        launch = launched[name]
+        blocks = occupancy(chip, kernel.registers, launch.shared, launch.threads).blocks
+        rows = re.search(r"Li(\d+)ELi(\d+)", name)
+        print(f"{target} {'parts' if 'parts' in name else 'rest'} D {rows[1]} rows {rows[2]} "
+              f"{'fp16' if 'half' in name else 'bf16'}: {kernel.registers} registers, {launch.shared} bytes, "
+              f"{blocks} blocks, {kernel.opcodes.get('HMMA', 0)} HMMA")  # fmt: skip
+        assert kernel.stack == 0 and not kernel.opcodes.keys() & {"LDL", "STL"}, name
+        assert kernel.opcodes["HMMA"] >= 8 and kernel.opcodes["LDGSTS"] >= 4 and kernel.opcodes["LDSM"] >= 4, name
+        assert blocks >= 2, (name, blocks)
+
+
+@pytest.mark.parametrize("target", CHIPS)
+def test_gate(target):
+    path = folder() / f"{STEM}_sm_80.ptx"
+    ptx(STEM, "sm_80")
+    check_gate(assembled(str(path), target), target)
+
+
+@pytest.mark.slow_gpu
+@pytest.mark.parametrize("target", CHIPS)
+def test_gate_of_what_ships(target):
+    check_gate(assembled(source(STEM), target), target)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_ptx(dtype):
+    """Bounds, alignment, copies awaited, no access to shared memory that no barrier orders, none between blocks."""
+    with executed(ptx(STEM, "sm_80"), races=True) as done:
+        call = Call(dtype, 1, 64)
+        call.check("cuda", *call.alone(((33, 17), (16, 0), (520, 1))))  # a block takes two splits, one after the other
+        call = Call(dtype, 1, 64)
+        call.check("cuda", *call.forked((20, 50), ((0, 1), (5, 1), (1, 6), (9, 1))))
+    assert len(done) == 4 and len({launch.kernel for launch in done}) == 3
+
+
+def test_ptx_of_the_model_s_head():
+    """D = 256 and a tile whose 32 rows are all taken, over a split."""
+    with executed(ptx(STEM, "sm_80"), races=True):
+        call = Call(torch.bfloat16, 1, 256, rotary_dims=64)
+        call.check("cuda", *call.forked((270,), tuple((i % 3, 1) for i in range(33))))
+
+
+@pytest.mark.slow_gpu
+@pytest.mark.parametrize("target", CHIPS)
+@pytest.mark.parametrize("dims", [64, 128, 256])
+@pytest.mark.parametrize("fork", LONG)
+def test_ptx_of_every_chip(target, dims, fork):
+    for dtype in (torch.bfloat16, torch.float16):
+        with executed(ptx(STEM, target), races=True):
+            call = Call(dtype, 1, dims)
+            call.check("cuda", *call.forked(*LONG[fork]))
+
+
+def test_each_key_and_value_is_read_once_for_a_group(monkeypatch):
+    """Bytes that cp.async asks for, from the addresses of the executed code: tiles of 32 keys of the prefix once for
+    20 members, and of what each holds alone; no bank conflict anywhere but in the sums of the warps."""
+    recorder = Recorder()
+    call = Call(torch.bfloat16, 1, 256)
+    with executed(ptx(STEM, "sm_80"), recorder=recorder):
+        call.check("cuda", *call.forked((128,), ((15, 1),) * 20))
+    found = sum(traffic.bytes for (space, text), traffic in recorder.traffic.items()
+                if space == "global" and "cp.async" in text)  # fmt: skip
+    row = 2 * 256 * 2
+    assert (128 + 20 * 16) * row <= found <= (128 + 20 * 32) * row
+    assert recorder.total("shared").efficiency > 0.9, recorder.worst("shared")
+
+
+def test_modelled_bytes():
+    """One layer of GPT-J at 32 questions, 800 shared tokens and 16 private ones: at most 1.10 of the floor.
+
+    The floor is every K and V once, q, the new k and v in and out, and the result; above it are the parts, written and
+    read. Their number is what the kernels left, in a workspace full of NaN.
+    """
+    heads: list[torch.Tensor] = []
+    from limber_fast.backends import cuda
+
+    empty = torch.empty
+
+    def noted(*args, **kwargs):
+        x = empty(*args, **kwargs)
+        if len(args) == 4 and args[3] == 4:
+            heads.append(x)
+        return x
+
+    from gpu.nvcc import emulated
+
+    call = Call(torch.bfloat16, 1, 256, rotary_dims=64)
+    sequences, queries = call.forked((800,), ((15, 1),) * 32)
+    batch = call.pool.batch(sequences, queries)
+    assert batch.private.tolist() == [800] * 32
+    with emulated(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda.torch, "empty", noted)
+        prefix_attention(*call.rows(batch.tokens), call.pool.layer(0), batch, backend="cuda")
+    parts = int((~heads[0][..., 0].isnan()).sum())
+    assert parts == 32 * 4
+    token, row = 2 * 256 * 2, 256 * 2
+    floor = (800 + 32 * 16) * token + 2 * 32 * row + 2 * 32 * token
+    written_and_read = 2 * parts * (256 * 2 + 16)
+    ratio = (floor + written_and_read) / floor
+    print(f"modelled bytes over the floor: {ratio:.3f}; unshared over shared {816 * 32 * token / floor / ratio:.1f}")
+    assert ratio <= 1.10
