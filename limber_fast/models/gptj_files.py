@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from limber_fast import checks
 from limber_fast.models.gptj_weights import BNB_SCALES, Filling, full_name, put
-from limber_fast.ops.int8_weight import _huge_pages
+from limber_fast.ops.int8_weight import _huge_pages, in_file
 
 FORMAT, LAYOUT, KEY = "limber_fast.GPTJ", 1, "limber_fast"
 # Of what a folder may hold, the first that is there: an index of shards, or one file.
@@ -178,13 +178,14 @@ def _flush(file: Any) -> None:
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """A safetensors file, streamed: safetensors' own writer would hold a second copy of everything. Large tensors come
     first and start on pages."""
-    names = sorted(tensors, key=lambda name: (-tensors[name].nbytes // _ALIGNMENT, name))
+    shapes = {name: in_file(x.to("meta")) for name, x in tensors.items()}
+    names = sorted(shapes, key=lambda name: (-shapes[name].nbytes // _ALIGNMENT, name))
     kinds = {torch.int8: "I8", torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32",
              torch.float64: "F64"}  # fmt: skip
     header: dict[str, Any] = {"__metadata__": {"format": FORMAT}}
     at = 0
     for name in names:
-        x = tensors[name]
+        x = shapes[name]
         header[name] = {"dtype": kinds[x.dtype], "shape": list(x.shape), "data_offsets": [at, at + x.nbytes]}
         at += x.nbytes
     text = json.dumps(header).encode()
@@ -192,7 +193,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            file.write(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            file.write(in_file(tensors[name]).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         _flush(file)
 
 
@@ -222,4 +223,7 @@ def load(model: nn.Module, data: Path, mmap: bool, device: torch.device | str | 
         if not mmap:
             found = _huge_pages(torch.empty_like(found)).copy_(found)
         path, _, last = name.rpartition(".")
-        put(model.get_submodule(path), last, found if device is None else found.to(device))
+        owner = model.get_submodule(path)
+        put(owner, last, found if device is None else found.to(device))
+        if last == "packed":
+            owner.arrange()

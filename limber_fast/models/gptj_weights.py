@@ -169,9 +169,12 @@ def _random_int8(n: int, k: int, std: float, generator: torch.Generator) -> Int8
     weight = Int8Weight(n, k, generator.device)
     weight.packed.view(-1).view(torch.int64).random_(-(2**63), None, generator=generator)
     weight.packed.clamp_(min=-127)
-    weight.packed[-1, :, (n - 1) % BLOCK + 1 :] = 0  # beyond N, and beyond K
-    weight.packed[:, k // 4 : k // 4 + 1, :, k % 4 :] = 0
-    weight.packed[:, k // 4 + 1 :] = 0
+    if weight.packed.ndim == 2:  # on a GPU
+        weight.packed[:, k:] = 0
+    else:
+        weight.packed[-1, :, (n - 1) % BLOCK + 1 :] = 0  # beyond N, and beyond K
+        weight.packed[:, k // 4 : k // 4 + 1, :, k % 4 :] = 0
+        weight.packed[:, k // 4 + 1 :] = 0
     weight.column_sums.zero_()
     for at, part in enumerate(weight.integers().split(_ROWS)):  # fp32 holds these sums exactly, and twice as fast
         q = part.float()

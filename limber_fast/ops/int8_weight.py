@@ -17,8 +17,22 @@ BLOCK, K_STEP = 32, 64  # output channels of a packed block; what K is padded to
 _ROWS_AT_ONCE = 1 << 24  # elements of the weight that are quantised in one go: bounds the memory beside the result
 
 
-def _packed_shape(n: int, k: int) -> tuple[int, int, int, int]:
-    return -(-n // BLOCK), -(-k // K_STEP) * (K_STEP // 4), BLOCK, 4
+def _packed_shape(n: int, k: int, by_rows: bool) -> tuple[int, ...]:
+    width = -(-k // K_STEP) * K_STEP
+    return (n, width) if by_rows else (-(-n // BLOCK), width // 4, BLOCK, 4)
+
+
+def to_rows(packed: Tensor, n: int) -> Tensor:
+    """[n, K up to a multiple of 64]: the rows that lie in blocks."""
+    words = packed.view(torch.int32)[..., 0].transpose(1, 2)
+    return words.reshape(-1, packed.shape[1])[:n].contiguous().view(torch.int8)
+
+
+def to_blocks(rows: Tensor) -> Tensor:
+    """The other way round."""
+    words = torch.nn.functional.pad(rows.view(torch.int32), (0, 0, 0, -len(rows) % BLOCK))
+    words = words.view(-1, BLOCK, words.shape[1]).transpose(1, 2).contiguous()
+    return words[..., None].view(torch.int8)
 
 
 class Int8Weight(torch.nn.Module):
@@ -29,9 +43,11 @@ class Int8Weight(torch.nn.Module):
 
     Attributes:
         shape: (N, K).
-        packed: [ceil(N / 32), ceil(K / 64) * 16, 32, 4] int8, q in blocks of 32 output channels: element [b, g, c, j]
-            is q[32 b + c, 4 g + j], 0 beyond N and K. One layout for every kernel: 4 neighbours along K are what a
-            dot-product instruction takes, and 16 such groups of 16 channels are one AMX tile.
+        packed: q as the kernels of its device read it, 0 beyond N and K. On the CPU, and in files, [ceil(N / 32),
+            ceil(K / 64) * 16, 32, 4] int8: element [b, g, c, j] is q[32 b + c, 4 g + j]. 4 neighbours along K are what
+            a dot-product instruction takes, and 16 such groups of 16 channels are one AMX tile. On a GPU
+            [N, ceil(K / 64) * 64] int8, row by row: what its copy engine and tensor cores take. `.to(device)` and
+            `load_state_dict` change the one into the other.
         scales: [N] fp32.
         row_sums, column_sums: [N] and [K] int32, of q: what an asymmetric activation's zero point is multiplied by, in
             the forward and in the backward pass.
@@ -40,7 +56,8 @@ class Int8Weight(torch.nn.Module):
     def __init__(self, n: int, k: int, device: str | torch.device | None = None) -> None:
         super().__init__()
         self.shape = (int(n), int(k))
-        self.register_buffer("packed", _huge_pages(torch.empty(_packed_shape(n, k), dtype=torch.int8, device=device)))
+        shape = _packed_shape(n, k, torch.device(device or torch.get_default_device()).type == "cuda")
+        self.register_buffer("packed", _huge_pages(torch.empty(shape, dtype=torch.int8, device=device)))
         self.register_buffer("scales", torch.empty(n, dtype=torch.float32, device=device))
         self.register_buffer("row_sums", torch.empty(n, dtype=torch.int32, device=device))
         self.register_buffer("column_sums", torch.empty(k, dtype=torch.int32, device=device))
@@ -48,15 +65,11 @@ class Int8Weight(torch.nn.Module):
     def integers(self) -> Tensor:
         """[N, K] int8: q, exactly."""
         n, k = self.shape
-        return self._rows().reshape(-1, self.packed.shape[1]).contiguous().view(torch.int8)[:n, :k]
+        return (self.packed if self.packed.ndim == 2 else to_rows(self.packed, n))[:, :k]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[N, K]: scales times q, for tests and for weights small enough to hold."""
         return (self.integers().to(dtype) * self.scales[:, None].to(dtype)).to(dtype)
-
-    def _rows(self) -> Tensor:
-        """[ceil(N / 32), 32, K groups] int32 view of `packed`: one row of q along the last dimension."""
-        return self.packed.view(torch.int32)[..., 0].transpose(1, 2)
 
     def extra_repr(self) -> str:
         return f"N={self.shape[0]}, K={self.shape[1]}"
@@ -66,7 +79,25 @@ class Int8Weight(torch.nn.Module):
         super()._apply(fn, recurse)
         if self.scales.dtype != torch.float32:  # a model's .half()
             self.scales = scales.to(self.scales.device)
+        self.arrange()
         return self
+
+    def arrange(self) -> None:
+        """Brings `packed` into the layout of the device it is on."""
+        by_rows = self.packed.device.type == "cuda"
+        if by_rows != (self.packed.ndim == 2):
+            self.packed = to_rows(self.packed, self.shape[0]) if by_rows else to_blocks(self.packed)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], *rest: Any):
+        found = state_dict.get(prefix + "packed")
+        if isinstance(found, Tensor) and found.ndim != self.packed.ndim and found.ndim in (2, 4):
+            if metadata.get("assign_to_params_buffers"):  # it stays on its device
+                by_rows = found.ndim == 2
+                self.packed = self.packed.new_empty(_packed_shape(*self.shape, by_rows))
+            else:
+                found = to_blocks(found) if found.ndim == 2 else to_rows(found, self.shape[0])
+                state_dict = {**state_dict, prefix + "packed": found}
+        super()._load_from_state_dict(state_dict, prefix, metadata, *rest)
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor([LAYOUT, *self.shape])
@@ -83,7 +114,7 @@ class Int8Weight(torch.nn.Module):
 
         path = Path(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        tensors = {name: x.detach().cpu().contiguous() for name, x in self.named_buffers()}
+        tensors = {name: in_file(x).detach().cpu().contiguous() for name, x in self.named_buffers()}
         metadata = {"format": FORMAT, "layout": str(LAYOUT), "shape": " ".join(map(str, self.shape))}
         try:
             save_file(tensors, temporary, metadata)
@@ -129,6 +160,11 @@ class Int8Weight(torch.nn.Module):
         return weight
 
 
+def in_file(buffer: Tensor) -> Tensor:
+    """A buffer of an Int8Weight as files hold it."""
+    return to_blocks(buffer) if buffer.dtype == torch.int8 and buffer.ndim == 2 else buffer
+
+
 def _huge_pages(x: Tensor) -> Tensor:
     """Asks the system for huge pages under a large CPU tensor that nobody has written yet."""
     if x.device.type == "cpu" and native.available_isas():
@@ -161,7 +197,8 @@ def quantize_int8(weight: Tensor | Sequence[Tensor]) -> Int8Weight:
     result = Int8Weight(n, k, device=matrices[0].device)
     result.packed.zero_()
     result.column_sums.zero_()
-    rows, padded, at = result._rows(), result.packed.shape[1] * 4, 0
+    blocks = result.packed.view(torch.int32)[..., 0].transpose(1, 2) if result.packed.ndim == 4 else None
+    at = 0
     for matrix in matrices:
         for part in matrix.detach().split(max(1, _ROWS_AT_ONCE // k)):
             absmax = torch.maximum(part.amax(1), -part.amin(1))
@@ -170,8 +207,11 @@ def quantize_int8(weight: Tensor | Sequence[Tensor]) -> Int8Weight:
             scales = (absmax.to(wide) / 127).float()
             divisor = torch.where(scales == 0, torch.inf, scales).to(wide)
             q = (part.to(wide) / divisor[:, None]).round_().clamp_(-127, 127).to(torch.int8)
-            index = torch.arange(at, at + len(part), device=part.device)
-            rows[index // BLOCK, index % BLOCK] = torch.nn.functional.pad(q, (0, padded - k)).view(torch.int32)
+            if blocks is None:
+                result.packed[at : at + len(part), :k] = q
+            else:  # [ceil(N / 32), 32, K groups]: one row of q along the last dimension
+                index = torch.arange(at, at + len(part), device=part.device)
+                blocks[index // BLOCK, index % BLOCK] = torch.nn.functional.pad(q, (0, -k % K_STEP)).view(torch.int32)
             result.scales[at : at + len(part)] = scales
             result.row_sums[at : at + len(part)] = q.sum(1, dtype=torch.int32)
             result.column_sums += q.sum(0, dtype=torch.int32)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from limber_fast.backends.eager.operands import wide
+from limber_fast.ops.int8_weight import to_rows
 
 
 def int8_linear_supports(request: Any) -> None:
@@ -16,9 +17,8 @@ def int8_linear_supports(request: Any) -> None:
 
 
 def integers(packed: Tensor, n: int, k: int, dtype: torch.dtype) -> Tensor:
-    """[n, k]: back from blocks of 32 channels and groups of 4."""
-    rows = packed.view(torch.int32)[..., 0].transpose(1, 2).reshape(-1, packed.shape[1]).contiguous()
-    return rows.view(torch.int8)[:n, :k].to(dtype)
+    """[n, k]: the rows of a GPU's layout, or back from blocks of 32 channels and groups of 4."""
+    return (packed if packed.ndim == 2 else to_rows(packed, n))[:, :k].to(dtype)
 
 
 def _rounded(x: Tensor, outlier_threshold: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,146 @@
+"""The Triton kernels of int8_linear behind the public op: interpreted, as executed PTX and on a GPU.
+
+Held against float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+
+import cases
+import pytest
+import torch
+from torch import Tensor
+
+from gpu.launching import ENGINES, on, running, send_to_triton
+from limber_fast import Int8Weight, int8_linear, quantize_int8
+from limber_fast.ops.int8_weight import to_rows
+from limber_fast.reference.int8_linear import int8_linear as reference
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, poisoned: None) -> str:
+    """CPU tensors go to the Triton backend, whose launches run on the engine; its outputs are NaN beforehand."""
+    send_to_triton(monkeypatch, "int8_linear", request.param)
+    return request.param
+
+
+@cache
+def weight_of(n: int, k: int, dtype: torch.dtype) -> Int8Weight:
+    return quantize_int8(cases.int8_layer(1, n, k, dtype)["weight"])
+
+
+def on_gpu(weight: Int8Weight, engine: str) -> Int8Weight:
+    """The weight as it lies on a GPU: there, or in that layout on the CPU."""
+    n, k = weight.shape
+    if engine == "cuda":
+        moved = Int8Weight(n, k, device="cuda")
+        moved.load_state_dict(weight.state_dict())
+        return moved
+    moved = Int8Weight(n, k)
+    for name, x in weight.named_buffers():
+        setattr(moved, name, to_rows(x, n) if name == "packed" else x)
+    return moved
+
+
+@dataclass(frozen=True)
+class Call:
+    """int8_linear of M tokens, K features and N channels, with everything in its epilogue unless said otherwise."""
+
+    m: int
+    n: int = 75
+    k: int = 130
+    dtype: torch.dtype = torch.bfloat16
+    bias: bool = True
+    activation: str | None = "gelu_new"
+    residual: bool = True
+    options: dict = field(default_factory=dict)
+    broken: str = ""  # what holds NaN and infinities
+
+    def run(self, function, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """The result and the gradient of x and residual, for a fixed gradient of the result."""
+        values = {name: x.clone() for name, x in cases.int8_layer(self.m, self.n, self.k, self.dtype).items()}
+        if self.broken:
+            for place, value in ((1, torch.nan), (-1, torch.inf), (values[self.broken].numel() // 2, -torch.inf)):
+                values[self.broken].view(-1)[place] = value
+        dtype = dtype or self.dtype
+        leaves = [values["x"].to(dtype).requires_grad_()]
+        leaves += [values["residual"].to(dtype).requires_grad_()] if self.residual else []
+        y = function(leaves[0], values["bias"].to(dtype) if self.bias else None, activation=self.activation,
+                     residual=leaves[1] if self.residual else None, **self.options)  # fmt: skip
+        return [y.detach(), *torch.autograd.grad(y, leaves, values["grad"].to(dtype))]
+
+    def ours(self, engine: str) -> list[Tensor]:
+        weight = on_gpu(weight_of(self.n, self.k, self.dtype), engine)
+        with running(engine):
+            return self.run(on(engine, lambda x, bias, **options: int8_linear(x, weight, bias, **options)))
+
+    def eager(self) -> list[Tensor]:
+        """With its weight in the dtype of x."""
+        dense = weight_of(self.n, self.k, self.dtype).dequantize(self.dtype)
+
+        def function(x, bias, activation, residual, **_):
+            return cases.eager_int8_linear(x, dense, bias, activation, residual)
+
+        return self.run(function)
+
+    def true(self) -> list[Tensor]:
+        weight = weight_of(self.n, self.k, self.dtype)
+        q, scales = weight.integers(), weight.scales
+        return self.run(lambda x, bias, **options: reference(x, q, scales, bias, **options), torch.float64)
+
+
+W8A8 = {"compute": "w8a8"}
+CALLS = {
+    "decode": Call(1),
+    "few": Call(13, 97, 330),
+    "some": Call(33, 75, 257),
+    "many": Call(70, 140, 200),
+    "bare": Call(5, bias=False, activation=None, residual=False),
+    "fp32": Call(20, dtype=torch.float32),
+    "fp32_decode": Call(2, dtype=torch.float32, residual=False),
+    "fp16": Call(20, dtype=torch.float16),
+    "least": Call(1, 1, 1),
+    "w8a8": Call(33, 75, 257, options=W8A8),
+    "w8a8_decode": Call(2, options=W8A8),
+    "w8a8_fp32": Call(70, 75, 330, dtype=torch.float32, activation=None, options=W8A8),
+    "w8a8_fp16": Call(3, dtype=torch.float16, bias=False, options=W8A8),
+    "all_rounded": Call(9, dtype=torch.float32, options={**W8A8, "outlier_threshold": 0.0}),
+    "all_outliers": Call(3, 40, 70, dtype=torch.float32, options={**W8A8, "outlier_threshold": 1e-9}),
+}
+
+
+def _within(found: list[Tensor], true: list[Tensor], eager: list[Tensor], floor: float) -> None:
+    for place, (x, y, z) in enumerate(zip(found, true, eager, strict=True)):
+        assert x.shape == y.shape
+        for error, of_eager in zip(cases.errors(x, y), cases.errors(z, y), strict=True):
+            assert error <= 2 * of_eager + floor, (place, error, of_eager)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_against_float64(engine, name):
+    call = CALLS[name]
+    found, true = call.ours(engine), call.true()
+    # The integers of w8a8 are the reference's own: nothing is left but the rounding of the result.
+    eager = true if call.options else call.eager()
+    _within(found[:1], true[:1], eager[:1], cases.FLOOR[call.dtype])
+    _within(found[1:], true[1:], call.eager()[1:], cases.FLOOR[call.dtype])
+
+
+@pytest.mark.parametrize("options", [{}, W8A8], ids=["w8a16", "w8a8"])
+@pytest.mark.parametrize("m, n, k", [(2, 70, 2500), (70, 70, 2100)])
+def test_split_reductions(request, monkeypatch, engine, m, n, k, options):
+    """More programs than tiles: several add up one tile, the backward pass's too."""
+    send_to_triton(monkeypatch, "int8_linear", engine, programs=12)
+    call = Call(m, n, k, options=options)
+    found, true = call.ours(engine), call.true()
+    _within(found, true, call.eager(), cases.FLOOR[call.dtype])
+
+
+@pytest.mark.parametrize("broken", ["x", "bias", "residual", "grad"])
+@pytest.mark.parametrize("options", [{}, W8A8], ids=["w8a16", "w8a8"])
+def test_nan_and_infinity_reach_what_they_reach_in_eager(engine, broken, options):
+    call = Call(5, dtype=torch.float32, activation=None, options=options, broken=broken)
+    for place, (x, y) in enumerate(zip(call.ours(engine), call.eager(), strict=True)):
+        assert torch.equal(x.isnan(), y.isnan()) and torch.equal(x.isinf(), y.isinf()), place
