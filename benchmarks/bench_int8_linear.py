@@ -29,12 +29,12 @@ SAMPLED = 128
 
 
 @lru_cache(maxsize=1)
-def layers(n: int, k: int, copies: int) -> list[dict[str, Any]]:
+def layers(n: int, k: int, copies: int, device: str) -> list[dict[str, Any]]:
     """Weights at the scale of a language model, each as int8 for the peers, packed, and in bf16."""
     generator = torch.Generator().manual_seed(0)
     scale, made = 1 / (73 * k**0.5), []
     for _ in range(copies):
-        q = torch.randint(-127, 128, (n, k), generator=generator, dtype=torch.int8)
+        q = torch.randint(-127, 128, (n, k), generator=generator, dtype=torch.int8).to(device)
         weight = quantize_int8(q.bfloat16())
         weight.scales.fill_(scale)
         made.append({"q": q, "weight": weight, "bf16": q.bfloat16() * scale})
@@ -71,10 +71,11 @@ def prepare(workload: Workload) -> Trial:
     compute = "w8a8" if workload.options.get("w8a8") else "w8a16"
     activation = "gelu_new" if workload.options.get("gelu") else None
     backward = bool(workload.options.get("backward"))
-    made = layers(n, k, -(-COLD_BYTES // (n * k)) if m <= MEMORY_BOUND else 1)
+    device, on_cpu = workload.device, workload.device == "cpu"
+    made = layers(n, k, -(-COLD_BYTES // (n * k)) if m <= MEMORY_BOUND else 1, device)
     scales = made[0]["weight"].scales
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(m, n if backward else k, generator=generator).bfloat16()  # backward: the gradient of y
+    x = torch.randn(m, n if backward else k, generator=generator).bfloat16().to(device)  # backward: the gradient of y
 
     def in_turn(function: Callable[[dict[str, Any], int], Tensor]) -> Callable[[], tuple[int, Tensor]]:
         turn = count()
@@ -87,7 +88,7 @@ def prepare(workload: Workload) -> Trial:
 
     skipped = {}
     if backward:
-        leaf = torch.zeros(m, k, dtype=torch.bfloat16, requires_grad=True)
+        leaf = torch.zeros(m, k, dtype=torch.bfloat16, device=device, requires_grad=True)
         graphs = [int8_linear(leaf, layer["weight"]) for layer in made]
         ours = in_turn(lambda _, i: torch.autograd.grad(graphs[i], leaf, x, retain_graph=True)[0])
         baselines = {"eager": in_turn(lambda layer, _: x @ layer["bf16"])}
@@ -98,12 +99,12 @@ def prepare(workload: Workload) -> Trial:
             return y if activation is None else F.gelu(y, approximate="tanh")
 
         baselines = {"eager": in_turn(lambda layer, _: activated(F.linear(x, layer["bf16"])))}
-        if compute == "w8a16":
+        if compute == "w8a16" and on_cpu:
             half = scales.bfloat16()
             baselines["int8pack"] = in_turn(
                 lambda layer, _: activated(torch._weight_int8pack_mm(x, layer["q"], half))
             )
-        else:
+        elif on_cpu:
             baselines["int_mm"] = in_turn(lambda layer, _: activated(_by_int_mm(x, layer["q"], scales)))
             try:
                 peers = [_onednn(layer["q"], scales, x) for layer in made]
@@ -122,11 +123,13 @@ def prepare(workload: Workload) -> Trial:
             true = F.gelu(true, approximate="tanh")
         return {"y": max(cases.errors(y[rows][:, columns], true))}
 
-    digits = 1 if compute == "w8a8" else 2
+    # On the CPU 16-bit activations are two digits of 8 bits; on a GPU the integers become bf16.
+    digits = 2 if compute == "w8a16" and on_cpu else 1
+    arithmetic = "int8" if compute == "w8a8" or on_cpu else "bfloat16"
     return Trial(
         ours=ours, baselines=baselines, errors=errors, tolerance=TOLERANCE[compute],
         baseline_tolerance=BASELINE_TOLERANCE, flops=2.0 * digits * m * n * k, bytes=n * k + 2 * m * (n + k),
-        skipped=skipped, bound="bytes" if m <= MEMORY_BOUND else "flops", arithmetic="int8",
+        skipped=skipped, bound="bytes" if m <= MEMORY_BOUND else "flops", arithmetic=arithmetic,
     )  # fmt: skip
 
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from limber_fast.kernels.common import LOG2E, descriptor, grouped_order
+from limber_fast.kernels.common import descriptor, grouped_order
 
 # v + ROUNDER - ROUNDER is v to the nearest integer, ties to even, for |v| < 2^22.
 ROUNDER = tl.constexpr(12582912.0)
-GELU_SLOPE, GELU_CUBE = tl.constexpr(0.7978845608028654), tl.constexpr(0.044715)
+GELU_CUBE = tl.constexpr(0.044715)
+GELU_RATE = tl.constexpr(-2 * 0.7978845608028654 * 1.4426950408889634)  # -2 sqrt(2 / pi) log2(e)
 
 
 @triton.jit
@@ -53,10 +54,7 @@ def add_products(w, x, acc, WEIGHT_FIRST: tl.constexpr, MAGIC: tl.constexpr):
             acc = tl.dot(high, v, tl.dot(middle, v, tl.dot(low, v, acc)))
     else:
         v = weight_values(w, x.dtype, MAGIC)
-        if WEIGHT_FIRST:
-            acc = tl.dot(v, x, acc)
-        else:
-            acc = tl.dot(x, v, acc)
+        acc = tl.dot(v, x, acc) if WEIGHT_FIRST else tl.dot(x, v, acc)
     return acc
 
 
@@ -107,7 +105,7 @@ def finish_tile(
     if HAS_KEPT:
         tl.store(kept + at, y.to(kept.dtype.element_ty), mask=mask)
     if HAS_GELU:  # z / 2 (1 + tanh u) = z / (1 + e^-2u)
-        y = y / (1.0 + tl.exp2((-2.0 * LOG2E * GELU_SLOPE) * (y + GELU_CUBE * y * y * y)))
+        y = y / (1.0 + tl.exp2((y + y * y * y * GELU_CUBE) * GELU_RATE))
     if HAS_RESIDUAL:
         y += tl.load(residual + m.to(tl.int64)[None, :] * residual_stride + n[:, None], mask=mask, other=0.0).to(
             tl.float32
@@ -115,15 +113,15 @@ def finish_tile(
     tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])  # of a loop known to run once the sums begin too late for wgmma
 def int8_linear_fwd_kernel(
     x, w, scales, row_sums, rounding, source, outliers, bias, residual, out, kept, part, M, N, K, x_stride, w_stride,
-    source_stride, residual_stride, threshold, num_m, num_n, steps, W8A8: tl.constexpr, HAS_BIAS: tl.constexpr,
+    source_stride, residual_stride, threshold, num_m, num_n, blocks, splits, W8A8: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_GELU: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_KEPT: tl.constexpr, OUTLIERS: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     TMA: tl.constexpr, EVEN_K: tl.constexpr, MAGIC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, s) owns a tile of num_m x num_n and `steps` blocks of the reduction from block s steps on.
+    """Program (tile, s) owns a tile of num_m x num_n, and every block of the reduction whose number is s modulo splits.
 
     x [M, K]: the activations, or their integers less 128 (W8A8: rounding [2, M] has step and zero of each row).
     SPLIT: the sums go to part [splits, M, N] as they are, for `int8_linear_finish_kernel`.
@@ -131,20 +129,20 @@ def int8_linear_fwd_kernel(
     pm, pn = grouped_order(tl.program_id(0), num_m, num_n, GROUP)
     m0, n0 = pm * BLOCK_M, pn * BLOCK_N
     rm, rn, rk = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    first = tl.program_id(1) * steps * BLOCK_K
-    last = tl.minimum(K, first + steps * BLOCK_K)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32 if W8A8 else tl.float32)
     if TMA:
         xd = descriptor(x, M, K, x_stride, BLOCK_M, BLOCK_K, TMA)
         wd = descriptor(w, N, w_stride, w_stride, BLOCK_N, BLOCK_K, TMA)
-        for k in tl.range(first, last, BLOCK_K, num_stages=STAGES):
+        for block in tl.range(tl.program_id(1), blocks, splits, num_stages=STAGES):
+            k = block * BLOCK_K
             acc = add_products(wd.load([n0, k]), xd.load([m0, k]).T, acc, True, MAGIC)
     else:
         # A 64-bit base and 32-bit offsets within the tile, as in common.dot_rows.
         px = x + m0.to(tl.int64) * x_stride + (rm[None, :] * x_stride + rk[:, None])
         pw = w + n0.to(tl.int64) * w_stride + (rn[:, None] * w_stride + rk[None, :])
         row_mask, channel_mask = (rm < M - m0)[None, :], (rn < N - n0)[:, None]
-        for k in tl.range(first, last, BLOCK_K, num_stages=STAGES):
+        for block in tl.range(tl.program_id(1), blocks, splits, num_stages=STAGES):
+            k = block * BLOCK_K
             if EVEN_K:
                 xt = tl.load(px + k, mask=row_mask, other=0.0)
                 wt = tl.load(pw + k, mask=channel_mask, other=0)
@@ -189,7 +187,7 @@ def int8_linear_finish_kernel(
 def int8_linear_quantize_kernel(
     x, q, rounding, flags, M, K, padded, x_stride, threshold, BLOCK: tl.constexpr
 ):
-    """Row by row u - 128 to q [M, padded], step and zero to rounding [2, M]; flags[k] = 1 where column k has an outlier.
+    """Row by row u - 128 to q [M, padded], step and zero to rounding [2, M]; flags[k] = 1: column k has an outlier.
 
     x ~ step (u - zero) below the threshold, with one rounding per operation as on every backend: a product is an fma
     with 0, which the compiler does not contract with the sum behind it.

@@ -8,8 +8,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from limber_fast.kernels.common import LOG2E, descriptor, grouped_order
-from limber_fast.kernels.int8_linear import GELU_CUBE, GELU_SLOPE, add_products
+from limber_fast.kernels.common import descriptor, grouped_order
+from limber_fast.kernels.int8_linear import GELU_CUBE, GELU_RATE, add_products
+
+GELU_SLOPE = tl.constexpr(2 * 0.7978845608028654)  # 2 sqrt(2 / pi)
 
 
 @triton.jit
@@ -19,8 +21,9 @@ def scaled_gradient(grad, preactivation, scales, line, kept, n, N, HAS_GELU: tl.
     if HAS_GELU:
         z = tl.load(preactivation + kept + n, mask=n < N, other=0.0).to(tl.float32)
         z = tl.where(z > 20.0, 20.0, tl.where(z < -20.0, -20.0, z))  # beyond them it is 0 and 1, and NaN stays
-        p = 1.0 / (1.0 + tl.exp2((-2.0 * LOG2E * GELU_SLOPE) * (z + GELU_CUBE * z * z * z)))
-        g *= p + z * p * (1.0 - p) * (2.0 * GELU_SLOPE) * (1.0 + 3.0 * GELU_CUBE * z * z)
+        square = z * z * GELU_CUBE
+        p = 1.0 / (1.0 + tl.exp2((z + z * square) * GELU_RATE))
+        g *= p + z * p * (1.0 - p) * (1.0 + 3.0 * square) * GELU_SLOPE
     return g * tl.load(scales + n, mask=n < N, other=0.0)
 
 
@@ -62,30 +65,30 @@ def store_gradient(acc, m, k, factor, out, M, K, HAS_OLD: tl.constexpr):
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def int8_linear_bwd_kernel(
-    g, w, factor, out, part, M, N, K, g_stride, w_stride, num_m, num_n, steps, HAS_OLD: tl.constexpr,
+    g, w, factor, out, part, M, N, K, g_stride, w_stride, num_m, num_n, blocks, splits, HAS_OLD: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     TMA: tl.constexpr, MAGIC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """out [M, K] of g [M, N] and w [N, K]: program (tile, s) owns BLOCK_M tokens x BLOCK_N features and `steps` blocks
-    of BLOCK_K output channels from block s steps on. SPLIT: the sums go to part [splits, M, K]."""
+    """out [M, K] of g [M, N] and w [N, K]: program (tile, s) owns BLOCK_M tokens x BLOCK_N features, and every block
+    of BLOCK_K output channels whose number is s modulo splits. SPLIT: the sums go to part [splits, M, K]."""
     pm, pn = grouped_order(tl.program_id(0), num_m, num_n, GROUP)
     m0, k0 = pm * BLOCK_M, pn * BLOCK_N
     rm, rk, rn = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    first = tl.program_id(1) * steps * BLOCK_K
-    last = tl.minimum(N, first + steps * BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if TMA:
         gd = descriptor(g, M, g_stride, g_stride, BLOCK_M, BLOCK_K, TMA)
         wd = descriptor(w, N, w_stride, w_stride, BLOCK_K, BLOCK_N, TMA)
-        for n in tl.range(first, last, BLOCK_K, num_stages=STAGES):
+        for block in tl.range(tl.program_id(1), blocks, splits, num_stages=STAGES):
+            n = block * BLOCK_K
             acc = add_products(wd.load([n, k0]), gd.load([m0, n]), acc, False, MAGIC)
     else:
         pg = g + m0.to(tl.int64) * g_stride + (rm[:, None] * g_stride + rn[None, :])
         pw = w + k0 + (rn[:, None] * w_stride + rk[None, :])
         row_mask, feature_mask = (rm < M - m0)[:, None], (rk < w_stride - k0)[None, :]
-        for n in tl.range(first, last, BLOCK_K, num_stages=STAGES):
+        for block in tl.range(tl.program_id(1), blocks, splits, num_stages=STAGES):
+            n = block * BLOCK_K
             gt = tl.load(pg + n, mask=row_mask, other=0.0)
             wt = tl.load(pw + tl.cast(n, tl.int64) * w_stride, mask=(rn < N - n)[:, None] & feature_mask, other=0)
             acc = add_products(wt, gt, acc, False, MAGIC)

@@ -35,14 +35,14 @@ _AMPERE = {"int8": Tiles(128, 128, 64, 8, 3), "16": Tiles(128, 128, 32, 8, 4), "
 
 
 def choose(capability: tuple[int, int], dtype: torch.dtype, tokens: int, aligned: bool) -> Config:
-    """The row for a chip, the dtype of the activations as they are multiplied, their number, and whether TMA can read."""
+    """The row for a chip, the dtype of activations as they are multiplied, their number, and whether TMA can read."""
     if tokens <= 16:
         return _DECODE
     kind = {torch.int8: "int8", torch.float32: "32"}.get(dtype, "16")
     hopper = capability[0] >= 9
     tiles = (_HOPPER if hopper else _AMPERE)[kind]
-    if tokens <= 64:
-        tiles = Tiles(64, tiles.BLOCK_N, tiles.BLOCK_K, tiles.num_warps, tiles.stages)
+    if tokens <= 64 < tiles.BLOCK_M:  # with 8 warps the backward pass spills a register on sm_100
+        tiles = Tiles(64, tiles.BLOCK_N, tiles.BLOCK_K, 4, tiles.stages)
     return Config(tiles, hopper and aligned)
 
 
@@ -73,21 +73,21 @@ class Weight:
     def magic(self) -> bool:
         return self.capability[0] < 9
 
-    def splits(self, tiles: int, blocks: int, decode: bool) -> tuple[int, int]:
-        """(programs that share a tile's reduction of `blocks` steps, steps of each)."""
+    def splits(self, tiles: int, blocks: int, decode: bool) -> int:
+        """Programs that share a tile's reduction of `blocks` steps."""
         wanted = (2 if decode else 1) * self.programs // tiles
-        steps = max(LEAST_STEPS, triton.cdiv(blocks, max(1, wanted)))
-        return triton.cdiv(blocks, steps), steps
+        return triton.cdiv(blocks, max(LEAST_STEPS, triton.cdiv(blocks, max(1, wanted))))
 
 
 def _tile_options(config: Config) -> dict[str, Any]:
     tiles = config.tiles
     return {"BLOCK_M": tiles.BLOCK_M, "BLOCK_N": tiles.BLOCK_N, "BLOCK_K": tiles.BLOCK_K, "GROUP": GROUP,
-            "TMA": config.tma, "STAGES": tiles.stages, "num_warps": tiles.num_warps, "num_stages": tiles.stages}  # fmt: skip
+            "TMA": config.tma, "STAGES": tiles.stages, "num_warps": tiles.num_warps,
+            "num_stages": tiles.stages}  # fmt: skip
 
 
 def quantize(x: Tensor, padded: int, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Integers less 128 [M, padded], steps and zeros [2, M], and the columns with outliers [1 + K], their number first."""
+    """Integers less 128 [M, padded], steps and zeros [2, M], and the columns with outliers [1 + K], how many first."""
     m, k = x.shape
     q = x.new_empty(m, padded, dtype=torch.int8)
     rounding = x.new_empty(2, m, dtype=torch.float32)
@@ -105,7 +105,7 @@ def int8_linear_fwd(
     x: Tensor, weight: Weight, bias: Tensor | None, residual: Tensor | None, out: Tensor, kept: Tensor | None, *,
     gelu: bool, w8a8: bool = False, threshold: float = 0.0,
 ) -> None:  # fmt: skip
-    """Fills out [M, N] and kept, the argument of gelu_new; x [M, K] and residual are contiguous in their last dimension."""
+    """Fills out [M, N] and kept, the argument of gelu_new; x [M, K] and residual are contiguous along a row."""
     m, n = out.shape
     padded, depth = weight.rows.shape[1], weight.K
     source, rounding, outliers = x, weight.scales, weight.row_sums
@@ -115,7 +115,8 @@ def int8_linear_fwd(
     config = choose(weight.capability, x.dtype, m, tma_can_read(x, weight.rows))
     tiles = config.tiles
     num_m, num_n = triton.cdiv(m, tiles.BLOCK_M), triton.cdiv(n, tiles.BLOCK_N)
-    splits, steps = weight.splits(num_m * num_n, triton.cdiv(depth, tiles.BLOCK_K), m <= 16)
+    blocks = triton.cdiv(depth, tiles.BLOCK_K)
+    splits = weight.splits(num_m * num_n, blocks, m <= 16)
     part = out.new_empty(splits, m, n, dtype=torch.int32 if w8a8 else torch.float32) if splits > 1 else weight.scales
     nothing = weight.scales
     tensors = (weight.rows, weight.scales, weight.row_sums, rounding, source, outliers,
@@ -125,7 +126,7 @@ def int8_linear_fwd(
     flags = {"W8A8": w8a8, "HAS_BIAS": bias is not None, "HAS_GELU": gelu, "HAS_RESIDUAL": residual is not None,
              "HAS_KEPT": kept is not None, "OUTLIERS": OUTLIERS, "MAGIC": weight.magic}  # fmt: skip
     forward.int8_linear_fwd_kernel[(num_m * num_n, splits)](
-        x, *tensors, part, m, n, depth, x.stride(0), *strides, num_m, num_n, steps, **flags, SPLIT=splits > 1,
+        x, *tensors, part, m, n, depth, x.stride(0), *strides, num_m, num_n, blocks, splits, **flags, SPLIT=splits > 1,
         EVEN_K=depth % tiles.BLOCK_K == 0, **_tile_options(config),
     )  # fmt: skip
     if splits > 1:
@@ -155,11 +156,12 @@ def int8_linear_bwd(g: Tensor, factor: Tensor, weight: Weight, out: Tensor, *, a
     config = choose(weight.capability, g.dtype, max(m, 17), True)
     tiles = config.tiles
     num_m, num_n = triton.cdiv(m, tiles.BLOCK_M), triton.cdiv(k, tiles.BLOCK_N)
-    splits, steps = weight.splits(num_m * num_n, triton.cdiv(n, tiles.BLOCK_K), False)
+    blocks = triton.cdiv(n, tiles.BLOCK_K)
+    splits = weight.splits(num_m * num_n, blocks, False)
     part = out.new_empty(splits, m, k, dtype=torch.float32) if splits > 1 else factor
     backward.int8_linear_bwd_kernel[(num_m * num_n, splits)](
-        g, weight.rows, factor, out, part, m, n, k, g.stride(0), padded, num_m, num_n, steps, HAS_OLD=accumulate,
-        SPLIT=splits > 1, MAGIC=weight.magic, **_tile_options(config),
+        g, weight.rows, factor, out, part, m, n, k, g.stride(0), padded, num_m, num_n, blocks, splits,
+        HAS_OLD=accumulate, SPLIT=splits > 1, MAGIC=weight.magic, **_tile_options(config),
     )  # fmt: skip
     if splits > 1:
         num_m, num_n = triton.cdiv(m, _FINISH["BLOCK_M"]), triton.cdiv(k, _FINISH["BLOCK_N"])

@@ -17,17 +17,19 @@ import torch
 from torch import Tensor
 
 from gpu import test_info_nce_kernels as of_info_nce
+from gpu import test_int8_linear_kernels as of_int8_linear
 from gpu import test_project_concat_kernels as of_project_concat
 from gpu.launching import send_to_triton
 from gpu.ptx.mutate import Score, mutation_score
 from gpu.replay import recorded, replayed
-from limber_fast import info_nce, project_concat
+from limber_fast import info_nce, int8_linear, project_concat
 from limber_fast.reference.info_nce import info_nce as info_nce_reference
+from limber_fast.reference.int8_linear import int8_linear as int8_linear_reference
 from limber_fast.reference.project_concat import project_concat as project_concat_reference
 
 GOAL, MUTANTS, LONGEST = 0.85, 40, 20_000
 TARGETS = ("sm_80", "sm_90")
-
+PROGRAMS = {"info_nce": 3, "project_concat": 24, "int8_linear": 12}
 
 # In the library's fp64 exp2 and log, what no argument of this kernel's reaches. Infinity and NaN do reach them.
 _NEVER_ZERO = "log of zero or of the largest numbers: its argument is 1 + ratio < 2^1000, or is discarded"
@@ -67,6 +69,16 @@ def _prompts(**call: Any) -> Problem:
     return Problem(of_project_concat.Call(**call).run, project_concat, project_concat_reference)
 
 
+def _layer(**call: Any) -> Problem:
+    made = of_int8_linear.Call(**call)
+    weight = of_int8_linear.weight_of(made.n, made.k, made.dtype)
+    rows = of_int8_linear.on_gpu(weight, "sm_80")
+    return Problem(
+        made.run, lambda x, bias, **options: int8_linear(x, rows, bias, **options),
+        lambda x, bias, **options: int8_linear_reference(x, weight.integers(), weight.scales, bias, **options),
+    )  # fmt: skip
+
+
 PROBLEMS = {
     "info_nce": [
         _towers(shape=(130, 130, 72)),
@@ -88,6 +100,14 @@ PROBLEMS = {
         _prompts(n_images=3, k=50, d=328, e=136, dropout_p=0.3),
         # Rows of more than one block of the norm's kernels; steps enough that the ring of TMA buffers is filled again.
         _prompts(n_images=3, k=50, d=200, e=1100, dropout_p=0.3, norm=True, int8=True),
+    ],
+    "int8_linear": [
+        _layer(m=70, n=140, k=330),
+        # Rows of more than one block of the kernels that take them whole; reductions that several programs share.
+        _layer(m=3, n=70, k=2500),
+        _layer(m=33, n=75, k=2100, options={"compute": "w8a8"}),
+        _layer(m=2, n=2100, k=130, options={"compute": "w8a8"}),
+        _layer(m=20, n=75, k=130, dtype=torch.float32),
     ],
 }
 
@@ -165,7 +185,7 @@ def test_a_replay_takes_from_the_record_what_no_change_reaches(monkeypatch, pois
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("op", PROBLEMS)
 def test_every_kernel_of_an_op(op, target, monkeypatch, poisoned):
-    send_to_triton(monkeypatch, op, target, programs=24 if op == "project_concat" else 3)
+    send_to_triton(monkeypatch, op, target, programs=PROGRAMS[op])
     check = Check(op, target)
     assert all(error < 2e-2 for sound in check.sound for error in sound.errors)
     scores = {}

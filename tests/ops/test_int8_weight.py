@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from limber_fast import Int8Weight, int8_linear, quantize_int8
+from limber_fast.ops.int8_weight import to_rows
 from limber_fast.reference.int8_linear import quantize_int8 as reference
 
 SIZES = st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 127, 129]))
@@ -111,6 +112,22 @@ def test_state_dict_round_trip_and_deep_copy():
     blank = Int8Weight(37, 70, device="meta")
     blank.load_state_dict(model["fc_in"].state_dict(), assign=True)
     assert _same(blank, model["fc_in"])
+
+
+def test_rows_of_a_gpu_and_blocks_of_the_cpu_hold_the_same(tmp_path):
+    weight, x = quantize_int8(_matrix(37, 70)), _matrix(5, 70, 1)
+    rows = copy.deepcopy(weight)
+    rows.packed = to_rows(weight.packed, 37)
+    assert rows.packed.shape == (37, 128) and torch.equal(rows.packed[:, :70], weight.integers())
+    assert torch.equal(rows.integers(), weight.integers()) and not rows.packed[:, 70:].any()
+    assert torch.equal(*(int8_linear(x, w, backend="eager") for w in (rows, weight)))
+    fresh, assigned = Int8Weight(37, 70), Int8Weight(37, 70, device="meta")
+    fresh.load_state_dict(rows.state_dict())
+    assigned.load_state_dict(rows.state_dict(), assign=True)
+    assert _same(fresh, weight) and torch.equal(assigned.packed, rows.packed)
+    rows.save(tmp_path / "rows")
+    assert _same(Int8Weight.load(tmp_path / "rows"), weight)
+    assert _same(rows.to("cpu"), weight)
 
 
 @pytest.mark.parametrize("change", [lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: m.double()])
