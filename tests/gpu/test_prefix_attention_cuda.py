@@ -13,10 +13,11 @@ import pytest
 import torch
 from ops.test_prefix_attention_values import Call
 
-from gpu.nvcc import Launch, executed, folder, launches, needs_nvcc, ptx, run, source
+from gpu.nvcc import Launch, emulated, executed, folder, launches, needs_nvcc, ptx, run, source
 from gpu.ptx.stats import Recorder
 from gpu.test_prefix_attention_emulated import LONG
 from limber_fast import prefix_attention
+from limber_fast.backends import cuda
 from limber_fast.report.aot import sass
 from limber_fast.report.aot.build import _cuobjdump
 from limber_fast.report.aot.chips import CHIPS, occupancy
@@ -48,7 +49,7 @@ def assembled(text_or_source: str, target: str) -> dict[str, Kernel]:
 
 
 @functools.cache
-def shared_by_kernel() -> dict[str, Launch]:
+def launch_by_kernel() -> dict[str, Launch]:
     """Every build that the launcher asks for, by its mangled name."""
     found: dict[str, Launch] = {}
     with launches(lambda launch: found.setdefault(launch.kernel, launch)):
@@ -64,7 +65,7 @@ def shared_by_kernel() -> dict[str, Launch]:
 
 def check_gate(kernels: dict[str, Kernel], target: str) -> None:
     """No spills, products on tensor cores, copies past the registers, two blocks on an SM of up to 32 rows."""
-    launched, chip = shared_by_kernel(), CHIPS[target]
+    launched, chip = launch_by_kernel(), CHIPS[target]
     assert launched.keys() == kernels.keys() and len(kernels) == 18
     for name, kernel in kernels.items():
         launch = launched[name]
@@ -120,9 +121,9 @@ def test_ptx_of_every_chip(target, dims, fork):
             call.check("cuda", *call.forked(*LONG[fork]))
 
 
-def test_each_key_and_value_is_read_once_for_a_group(monkeypatch):
+def test_each_key_and_value_is_read_once_for_a_group():
     """Bytes that cp.async asks for, from the addresses of the executed code: tiles of 32 keys of the prefix once for
-    20 members, and of what each holds alone; no bank conflict anywhere but in the sums of the warps."""
+    20 members, and of what each holds alone; hardly a bank conflict."""
     recorder = Recorder()
     call = Call(torch.bfloat16, 1, 256)
     with executed(ptx(STEM, "sm_80"), recorder=recorder):
@@ -141,8 +142,6 @@ def test_modelled_bytes():
     read. Their number is what the kernels left, in a workspace full of NaN.
     """
     heads: list[torch.Tensor] = []
-    from limber_fast.backends import cuda
-
     empty = torch.empty
 
     def noted(*args, **kwargs):
@@ -150,8 +149,6 @@ def test_modelled_bytes():
         if len(args) == 4 and args[3] == 4:
             heads.append(x)
         return x
-
-    from gpu.nvcc import emulated
 
     call = Call(torch.bfloat16, 1, 256, rotary_dims=64)
     sequences, queries = call.forked((800,), ((15, 1),) * 32)
