@@ -16,20 +16,23 @@ import pytest
 import torch
 from torch import Tensor
 
+from gpu import test_frozen_cross_entropy_kernels as of_frozen_cross_entropy
 from gpu import test_info_nce_kernels as of_info_nce
 from gpu import test_int8_linear_kernels as of_int8_linear
 from gpu import test_project_concat_kernels as of_project_concat
 from gpu.launching import send_to_triton
 from gpu.ptx.mutate import Score, mutation_score
 from gpu.replay import recorded, replayed
-from limber_fast import info_nce, int8_linear, project_concat
+from limber_fast import frozen_cross_entropy, info_nce, int8_linear, project_concat
+from limber_fast.kernels import frozen_cross_entropy_launch
+from limber_fast.reference.frozen_cross_entropy import frozen_cross_entropy as frozen_cross_entropy_reference
 from limber_fast.reference.info_nce import info_nce as info_nce_reference
 from limber_fast.reference.int8_linear import int8_linear as int8_linear_reference
 from limber_fast.reference.project_concat import project_concat as project_concat_reference
 
 GOAL, MUTANTS, LONGEST = 0.85, 40, 20_000
 TARGETS = ("sm_80", "sm_90")
-PROGRAMS = {"info_nce": 3, "project_concat": 24, "int8_linear": 12}
+PROGRAMS = {"info_nce": 3, "project_concat": 24, "int8_linear": 12, "frozen_cross_entropy": 12}
 
 # In the library's fp64 exp2 and log, what no argument of this kernel's reaches. Infinity and NaN do reach them.
 _NEVER_ZERO = "log of zero or of the largest numbers: its argument is 1 + ratio < 2^1000, or is discarded"
@@ -79,6 +82,18 @@ def _layer(**call: Any) -> Problem:
     )  # fmt: skip
 
 
+def _head(**call: Any) -> Problem:
+    made = of_frozen_cross_entropy.Call(**call)
+    weight = made.weight()
+    rows = of_int8_linear.on_gpu(weight, "sm_80")
+    options = {"reduction": "none"}
+    return Problem(
+        made.run, lambda hidden, bias, labels: frozen_cross_entropy(hidden, rows, bias, labels, **options),
+        lambda hidden, bias, labels: frozen_cross_entropy_reference(
+            hidden, weight.integers(), weight.scales, bias, labels, **options),
+    )  # fmt: skip
+
+
 PROBLEMS = {
     "info_nce": [
         _towers(shape=(130, 130, 72)),
@@ -108,6 +123,11 @@ PROBLEMS = {
         _layer(m=33, n=75, k=2100, options={"compute": "w8a8"}),
         _layer(m=2, n=2100, k=130, options={"compute": "w8a8"}),
         _layer(m=20, n=75, k=130, dtype=torch.float32),
+    ],
+    "frozen_cross_entropy": [
+        # Several chunks of the vocabulary; losses from nearly 0 to a hundred.
+        _head(shape=(9, 1300, 70)),
+        _head(shape=(9, 140, 70), dtype=torch.float32, weight_by=8.0),
     ],
 }
 
@@ -186,6 +206,7 @@ def test_a_replay_takes_from_the_record_what_no_change_reaches(monkeypatch, pois
 @pytest.mark.parametrize("op", PROBLEMS)
 def test_every_kernel_of_an_op(op, target, monkeypatch, poisoned):
     send_to_triton(monkeypatch, op, target, programs=PROGRAMS[op])
+    monkeypatch.setattr(frozen_cross_entropy_launch, "HELD", 1)  # the smallest chunks
     check = Check(op, target)
     assert all(error < 2e-2 for sound in check.sound for error in sound.errors)
     scores = {}
