@@ -172,18 +172,18 @@ class InfoNceBackward {
   }
 
   // A gradient's rows x D in groups of register tiles, a task each. A strip of dS stays in L1 and panels of B stream
-  // past it. AMX's panels do not fit L1: groups of 128 x 256 read each of them from L2 or L3 for several tiles
-  // (narrower ones are 8% slower at N = 4096, strips as high as one tile 12% at N = 256, D = 2048; k in runs that fit
-  // L1, summed in place or in a private tile, 5 to 15%).
-  static constexpr int64_t GROUP_ROWS = Op::TILES ? 4 * MR : MR;
-  int64_t group_columns() const { return Op::TILES ? 8 * NR : Dp; }
-  int64_t groups(int64_t rows) const { return ceil_div(rows, GROUP_ROWS) * ceil_div(p.D, group_columns()); }
+  // past it, from L2 as far as they fit: wider ones go in parts, which several strips share. AMX's panels do not fit
+  // L1: groups of 128 x 256 read each of them from L2 or L3 for several tiles (narrower ones are 8% slower at N = 4096,
+  // strips as high as one tile 12% at N = 256, D = 2048; k in runs that fit L1, summed in place or in a private tile, 5
+  // to 15%).
+  static constexpr int64_t PART = Op::TILES ? 8 * NR : 512;
+  int64_t group_rows() const { return Op::TILES ? 4 * MR : p.D > PART ? 8 * MR : MR; }
+  int64_t groups(int64_t rows) const { return ceil_div(rows, group_rows()) * ceil_div(p.D, PART); }
   template <class F>
   void each_tile(int64_t group, int64_t rows, F f) const {
-    const int64_t down = ceil_div(rows, GROUP_ROWS), r0 = group % down * GROUP_ROWS,
-                  d0 = group / down * group_columns();
-    for (int64_t d = d0; d < std::min(d0 + group_columns(), p.D); d += NR)
-      for (int64_t r = r0; r < std::min(r0 + GROUP_ROWS, rows); r += MR) f(r, d);
+    const int64_t down = ceil_div(rows, group_rows()), r0 = group % down * group_rows(), d0 = group / down * PART;
+    for (int64_t d = d0; d < std::min(d0 + PART, p.D); d += NR)
+      for (int64_t r = r0; r < std::min(r0 + group_rows(), rows); r += MR) f(r, d);
   }
 
   void part_halves(const float* sum, uint16_t* upper, uint16_t* lower) const {

@@ -104,7 +104,7 @@ class InfoNceForward {
   // Sums of 2^(x - shift) are exact to fp32 while no row's or column's own maximum lies 90 bits below the shared shift.
   static constexpr float SPAN = 90.f;
   static constexpr int64_t COLUMNS = 64;  // whose sums one thread merges at a time
-  static constexpr int64_t RESIDENT = 1 << 20, STRIPS = Op::TILES ? 4 : 1;
+  static constexpr int64_t RESIDENT = Op::TILES ? 1 << 20 : 448 << 10, STRIPS = Op::TILES ? 4 : 8;
 
  public:
   explicit InfoNceForward(const InfoNceParams& params)
@@ -122,7 +122,7 @@ class InfoNceForward {
                   group = std::min<int64_t>(B::GROUP, tasks),
                   // Tasks that one thread runs side by side, against the same column block in its L2. Their results do
                   // not depend on it.
-        neighbours = std::clamp<int64_t>(tasks / (2 * p.threads), 1, B::CHUNK / chunk);
+        neighbours = std::clamp<int64_t>(ceil_div(tasks, 2 * p.threads), 1, B::CHUNK / chunk);
     const bool extras = p.row_correct || p.label_smoothing > 0;
     advise_huge_pages(p.cache, p.cache_bytes);
     panels = Buffer<float>(width * Kd);
@@ -195,7 +195,7 @@ class InfoNceForward {
           *A = cshift + NB;
     pack_rows<Op>(images, i0, i1, A);
     // A column block beyond L2 is read in parts of k, each for several strips.
-    const int64_t deep = std::min(Kd, Op::TILES ? round_up(RESIDENT / (4 * cols.NB), 16 * Op::PARTS) : Kd),
+    const int64_t deep = std::min(Kd, round_up(RESIDENT / (4 * cols.NB), Op::TILES ? 16 * Op::PARTS : 128)),
                   high = deep < Kd ? STRIPS * MR : MR;
     for (int64_t b = b0; b < b1; b++) {
       const int64_t j0 = cols.begin(b), nb = cols.size(b), at = (b - b0) * cols.NB;
