@@ -30,23 +30,27 @@ class Config:
 # Up to 16 tokens the weight's bytes are all that counts: 4 stages of 8 KiB in 4 programs keep 128 KiB of a
 # multiprocessor's loads on their way, and rows of so few tokens need no TMA.
 _DECODE = Config(Tiles(16, 64, 128, 4, 4), False)
+_DECODE_AMPERE_32 = Config(Tiles(16, 64, 64, 4, 4), False)  # a step of 128 spills 2, of ragged rows 48
 _HOPPER = {"int8": Tiles(128, 128, 128, 8, 3), "16": Tiles(128, 128, 64, 8, 3), "32": Tiles(64, 128, 64, 8, 3)}
 # Rows in or out that are not whole 16 bytes: at 128 x 128 they spill 49 registers on sm_100, with 4 warps 20.
 _RAGGED = Config(Tiles(64, 128, 64, 8, 3), False)
+_RAGGED_AMPERE = Config(Tiles(64, 64, 32, 4, 3), False)  # 128 x 128 and 64 x 128 spill 55 to 117
 _AMPERE = {"int8": Tiles(128, 128, 64, 8, 3), "16": Tiles(128, 128, 32, 8, 4), "32": Tiles(64, 64, 32, 8, 3)}
 
 
 def choose(capability: tuple[int, int], dtype: torch.dtype, tokens: int, aligned: bool) -> Config:
     """The row for a chip, the dtype of activations as they are multiplied, their number, and whether TMA can read."""
-    if tokens <= 16:
-        return _DECODE
     kind = {torch.int8: "int8", torch.float32: "32"}.get(dtype, "16")
     hopper = capability[0] >= 9
-    if hopper and not aligned:
-        return _RAGGED
+    if tokens <= 16:
+        return _DECODE if hopper or kind != "32" else _DECODE_AMPERE_32
+    if not aligned:
+        return _RAGGED if hopper else _RAGGED_AMPERE
     tiles = (_HOPPER if hopper else _AMPERE)[kind]
     if tokens <= 64 < tiles.BLOCK_M:  # with 8 warps the backward pass spills a register on sm_100
-        tiles = Tiles(64, tiles.BLOCK_N, tiles.BLOCK_K, 4, tiles.stages)
+        # With the fp32 rows of W8A8 at hand 128 columns of int8 products spill 12 on sm_80.
+        columns = tiles.BLOCK_N if hopper or kind != "int8" else 64
+        tiles = Tiles(64, columns, tiles.BLOCK_K, 4, tiles.stages)
     return Config(tiles, hopper and aligned)
 
 
