@@ -57,8 +57,8 @@ _HOPPER_16 = Config(
     narrow=Tiles(128, 64, 64, 8, 3),
     tma=True,
 )
-# Other compilers than Triton 3.8 need more registers: with four warps 3.6 spills 2 (forward) and 53 (dS), 3.9 6. Left on
-# 3.9: 5 in the sigmoid's forward, 19 in that of tf32.
+# Other compilers than Triton 3.8 need more registers: with four warps 3.6 spills 2 (forward) and 53 (dS), 3.9 6 in the
+# forward. Left on 3.9: 5 in the sigmoid's forward, 19 in that of tf32.
 _HOPPER_16_EIGHT_WARPS = replace(_HOPPER_16, forward=Tiles(128, 128, 64, 8, 3), ds=Tiles(128, 128, 64, 8, 3))
 # Accumulators live in tensor memory and come to registers a row a thread: column sums then cost five shuffles a value,
 # and at 128 x 128 what stands beside them spills 2 (forward), 97 (dS) and, 256 wide, 10 registers (products).
