@@ -161,7 +161,8 @@ def int8_linear_bwd(g: Tensor, factor: Tensor, weight: Weight, out: Tensor, *, a
     """out [M, K] = factor (g q), or with `accumulate` g q + factor out; g [M, .] of rows of whole 128 bytes."""
     m, k = out.shape
     n, padded = weight.rows.shape
-    config = choose(weight.capability, g.dtype, max(m, 17), True)
+    # g and the weight can always be read by TMA; rows of `out` that are not whole 16 bytes spill 83 on sm_80.
+    config = choose(weight.capability, g.dtype, max(m, 17), not weight.magic or tma_can_read(out))
     tiles = config.tiles
     num_m, num_n = triton.cdiv(m, tiles.BLOCK_M), triton.cdiv(k, tiles.BLOCK_N)
     blocks = triton.cdiv(n, tiles.BLOCK_K)
