@@ -157,7 +157,7 @@ setup(
     packages=[*find_packages(include=["limber_fast", "limber_fast.*"]), "limber_fast.kernels"],
     package_dir={"limber_fast.kernels": "kernels"},
     package_data={
-        "limber_fast": [f"data/**/{kind}" for kind in ("*.png", "*.json", "*.txt", "*.md", "LICENSE*")]
+        "limber_fast": [f"data/**/{kind}" for kind in ("*.png", "*.json", "*.txt", "*.md", "*.safetensors", "LICENSE*")]
         + [f"report/**/*.{kind}" for kind in ("html", "css", "js")]
     },
     include_package_data=False,

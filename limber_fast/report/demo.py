@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-from torch import Tensor
-
 from limber_fast.data import emoji
 from limber_fast.evaluation.emoji import Evaluation
 from limber_fast.report import charts, page
+from limber_fast.report.images import png
 from limber_fast.report.loss_timing import FEATURES, Point
 
 ROW_NAMES = {
@@ -78,12 +74,6 @@ def _ratio(eager: Point | None, fused: Point | None, field: str) -> str:
     return f"{pair[0] / pair[1]:.2f}x" if len(pair) == 2 and pair[1] > 0 else "-"
 
 
-def _png(image: Tensor) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy())).save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
-
-
 def _finite(value):
     """JSON has no NaN: a number that is not finite becomes null."""
     if isinstance(value, dict):
@@ -93,12 +83,13 @@ def _finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_result(path: Path, run: dict, found: Evaluation, points: Sequence[Point]) -> dict:
+def write_result(path: Path, run: dict, found: Evaluation, limber: dict, points: Sequence[Point]) -> dict:
     """result.json: every figure of the page; `run` holds settings, machine and training facts."""
     result = _finite({
         **run,
         "zero_shot": found.tables,
         "linear_probe_group": found.probe,
+        "limber": limber,
         "confusion_by_group": {"groups": found.groups, "counts": found.confusion.tolist()},
         "loss_timing": [asdict(point) for point in points],
     })  # fmt: skip
@@ -106,9 +97,11 @@ def write_result(path: Path, run: dict, found: Evaluation, points: Sequence[Poin
     return result
 
 
-def write_report(path: Path, run: dict, history: Sequence[dict], found: Evaluation, points: Sequence[Point]) -> None:
-    """report.html, one file without external resources."""
-    cards = [page.card(_png(example.image), example.name, example.guesses) for example in found.examples]
+def write_report(
+    path: Path, run: dict, history: Sequence[dict], found: Evaluation, limber: str, points: Sequence[Point]
+) -> None:
+    """report.html, one file without external resources; `limber` is the section of demo_limber."""
+    cards = [page.card(png(example.image), example.name, example.guesses) for example in found.examples]
     drawn = "Random test images with the five best of all names; the bar is the probability, the right name is marked."
     curve = page.chart(charts.training_curve(history), "Loss, accuracy in the batch and logit scale over the minutes")
     matrix = page.chart(charts.confusion(found.groups, found.confusion), "Group of the image against its best name")
@@ -119,6 +112,7 @@ def write_report(path: Path, run: dict, history: Sequence[dict], found: Evaluati
         page.section("zero-shot", "Zero-shot classification", *_zero_shot(found)),
         page.section("examples", "What it says", page.paragraph(drawn), page.grid(cards)),
         page.section("confusion", "Confusion by group", matrix, page.paragraph(CONFUSION_NOTE, "note")),
+        limber,
         page.section("loss", "The loss: eager PyTorch against limber_fast", *_loss(points, run["threads"])),
         page.section("machine", "This machine", page.table(("", ""), list(run["machine"].items()))),
         page.section("credits", "Credits", page.paragraph(CREDITS_NOTE), *_credits()),

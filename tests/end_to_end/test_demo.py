@@ -65,15 +65,32 @@ def test_loss_falls_and_the_curve_is_written(finished):
 def test_page_is_whole_and_self_contained(finished):
     folder, _, result = finished
     page = (folder / "report.html").read_text(encoding="utf-8")
-    for identifier in ("training", "zero-shot", "examples", "confusion", "loss", "machine"):
+    for identifier in ("training", "zero-shot", "examples", "confusion", "limber", "loss", "machine"):
         assert f'<section id="{identifier}">' in page
-    assert page.count('<div class="card">') == 24
+    assert page.count('<div class="card">') == 48
     assert not re.search(r'(src|href)="(?!data:)|<script|@import|url\(', page)
     assert f"{result['zero_shot']['seen']['top1']:.1f}" in page
     assert page.count("data:image/svg+xml;base64,") == 3
     # Every size appears, measured or with the reason why not.
     assert len(result["loss_timing"]) == 24
     assert all((point["seconds"] is None) == bool(point["skipped"]) for point in result["loss_timing"])
+
+
+def test_language_model_says_something_of_the_drawings(finished):
+    _, _, result = finished
+    limber = result["limber"]
+    rows = limber["rows"]
+    assert list(rows) == ["CLIP", "random", "blind", "shuffled", "most frequent answer", "told in words"]
+    assert all(steps > 0 for steps in limber["steps"].values())
+    for row in rows.values():
+        for interval in (row["cider_d"], row["name_seen"], *(x for kind in row["vqa"].values() for x in kind.values())):
+            assert 0 <= interval["low"] <= interval["mean"] <= interval["high"] <= 1000
+    assert set(rows["CLIP"]["vqa"]["group"]) == {"0", "1", "2", "4"}
+    # What the language model makes of names it is told: far above what it says blind.
+    assert rows["told in words"]["cider_d"]["mean"] > rows["blind"]["cider_d"]["mean"] + 50
+    told, most = (rows[name]["vqa"]["group"]["0"]["mean"] for name in ("told in words", "most frequent answer"))
+    assert told > most
+    assert rows["told in words"]["cider_d"]["mean"] < limber["ceiling"] + 1
 
 
 def test_pipe_gets_plain_text(finished):
