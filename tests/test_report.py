@@ -31,7 +31,7 @@ def test_page_credits_every_vendor(tmp_path):
     probe = {"seen": 50.0, "seen_majority": 20.0, "unseen": 40.0, "unseen_majority": 20.0, "C": 1.0}
     drawn = Example(torch.zeros(3, 8, 8, dtype=torch.uint8), "cat", [("cat", 0.9)])
     found = Evaluation(dict.fromkeys(ROW_NAMES, table), probe, ["animals", "food"], np.eye(2, dtype=np.int64), [drawn])
-    write_report(tmp_path / "report.html", RUN, HISTORY, found, [])
+    write_report(tmp_path / "report.html", RUN, HISTORY, found, "", [])
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert len(emoji.credits()) == len(emoji.STYLES)
     for line in emoji.credits():

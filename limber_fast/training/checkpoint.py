@@ -44,7 +44,8 @@ def save_checkpoint(path: Path, state: dict, layout: Layout = SMALL_CLIP) -> Non
     if set(state) != layout.keys:
         raise ValueError(f"save_checkpoint: keys differ from the format's: {sorted(set(state) ^ layout.keys)}")
     state = {"format": layout.format, **state}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # One name for all: what a killed run left half-written, the next save of the resumed one replaces.
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             torch.save(state, file)

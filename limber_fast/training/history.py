@@ -45,7 +45,7 @@ class History:
 
     def write_csv(self, path: Path) -> None:
         """Replace `path` in one rename."""
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary = path.with_name(f".{path.name}.tmp")
         with open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
