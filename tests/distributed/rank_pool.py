@@ -24,6 +24,7 @@ def _serve(pipe: Any, rank: int) -> None:
         size, store, function, arguments = job
         try:
             dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+            dist.barrier()  # a rank whose work is short must not leave while others still connect to it
             result = True, function(rank, size, *arguments)
         except BaseException:
             result = False, traceback.format_exc()
@@ -56,11 +57,12 @@ class Ranks:
             if not pipe.poll(SECONDS):
                 self.close()
                 pytest.fail(f"rank {rank} of {size} hangs in {function.__name__}")
-            right, result = pipe.recv()
+            results.append(pipe.recv())
+        # Only now: an answer left in its pipe would be taken for that of the next call.
+        for rank, (right, result) in enumerate(results):
             if not right:
                 pytest.fail(f"rank {rank} of {size}:\n{result}")
-            results.append(result)
-        return results
+        return [result for _, result in results]
 
     def close(self) -> None:
         for process in self.processes:
