@@ -10,6 +10,7 @@ from limber_fast.models.clip import SmallClip
 from limber_fast.training.augment import Augment
 from limber_fast.training.batches import Batch, ConceptBatches
 from limber_fast.training.config import TrainConfig
+from limber_fast.training.precision import autocast
 
 
 class LockedBatches:
@@ -33,7 +34,7 @@ class LockedBatches:
         views = []
         for _ in range(config.locked_views):
             parts = (augment(part, generator) for part in batches.images.split(512))
-            with torch.autocast("cpu", torch.bfloat16):
+            with autocast():
                 views.append(torch.cat([model.encode_image(part).float() for part in parts]))
         self.features = torch.stack(views)  # [views, drawings, D]
 

@@ -22,6 +22,7 @@ from limber_fast.training.history import History
 from limber_fast.training.interrupt import InterruptGuard
 from limber_fast.training.locked import LockedBatches
 from limber_fast.training.muon import Muon
+from limber_fast.training.precision import autocast
 from limber_fast.training.schedule import TimeBudget, warmup_cosine
 
 Watch = Callable[[float, dict[str, float]], None]
@@ -68,7 +69,7 @@ class Trainer:
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss of a batch and what the progress bar shows of it."""
         config, model = self.config, self.model
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             image, text = model.encode_image(batch.images), model.encode_text(batch.tokens)
         scale = model.logit_scale.exp()
         options = {"normalize": True, "backend": config.backend}
