@@ -5,7 +5,7 @@
 #   make bench-peers        install the int8 engines that the benchmarks compare with
 #   make gpu                checks of the GPU code and its modelled bounds; with a CUDA device also tests and benchmarks
 #   make gpu-matrix         the same checks under Triton 3.6, 3.8 and 3.9 [BUILDS=all: every build on every chip]
-#   make test-gpu-full      mutation scores: how many single-line faults in compiled kernels the checks notice (minutes)
+#   make test-gpu-full      every build gated, more cases as PTX, how many single-line faults in it are noticed (an hour)
 #   make lint | clean
 
 PYTHON ?= python3

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import wraps
 from typing import Any
@@ -25,8 +25,8 @@ from limber_fast.kernels.recording import Launch, launch_of
 catalogue.cases("none")
 
 CAPABILITY = {"interpreted": (9, 0), "sm_80": (8, 0), "sm_90": (9, 0)}
-_NO_DEVICE = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-ENGINES = (*CAPABILITY, pytest.param("cuda", marks=[pytest.mark.cuda, _NO_DEVICE]))
+_ON_DEVICE = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+ENGINES = (*CAPABILITY, pytest.param("cuda", marks=_ON_DEVICE))
 PROGRAMS = 3  # fewer than tiles or rows: the persistent loops go round
 
 
@@ -44,6 +44,20 @@ def send_to_triton(monkeypatch: pytest.MonkeyPatch, op: str, engine: str, progra
     monkeypatch.setattr(backend, f"{op}_supports", lambda request: None)
     monkeypatch.setattr(device, "precision", lambda: "ieee")
     monkeypatch.setattr(device, "prepare", lambda tma: None)
+
+
+def on_engines(name: str, values: Iterable[Any], kept: Iterable[Any]) -> pytest.MarkDecorator:
+    """Parametrises `engine` and `name`. Executing PTX takes long: by default of what is `kept`, else as slow_gpu."""
+
+    def marks(engine: str, value: Any) -> Any:
+        if engine == "cuda":
+            return _ON_DEVICE
+        return () if engine == "interpreted" or value in kept else pytest.mark.slow_gpu
+
+    cases = [
+        pytest.param(engine, value, marks=marks(engine, value)) for engine in (*CAPABILITY, "cuda") for value in values
+    ]
+    return pytest.mark.parametrize(("engine", name), cases, indirect=["engine"])
 
 
 def on(engine: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,7 +1,8 @@
-"""Every build that a launcher can ask for passes the gate on every chip.
+"""Every build that a launcher can ask for passes the gate on every chip: shared memory, spills, registers, tensor
+cores, 64-bit offsets.
 
-By default the first build of each kernel, for one chip; LIMBER_FAST_GPU_BUILDS=all checks all of them on all chips, as
-`make gpu-matrix BUILDS=all` does.
+By default the first build of each kernel; all of them with `make test-gpu-full` or LIMBER_FAST_GPU_BUILDS=all, as
+`make gpu-matrix BUILDS=all` sets it.
 """
 
 from __future__ import annotations
@@ -15,22 +16,24 @@ from limber_fast.kernels import catalogue
 from limber_fast.kernels.catalogue import TARGETS, Case
 from limber_fast.report.aot import gate, pool
 
-ALL = os.environ.get("LIMBER_FAST_GPU_BUILDS") == "all"
+ASKED = os.environ.get("LIMBER_FAST_GPU_BUILDS") == "all"
+ALL = pytest.param("all", marks=() if ASKED else pytest.mark.slow_gpu)
 
 
-def chosen(target: str) -> Iterator[tuple[str, int, Case]]:
-    """File, position and case of the builds that this run checks."""
+def chosen(target: str, which: str) -> Iterator[tuple[str, int, Case]]:
+    """File, position and case of all builds, or of each kernel's first."""
     seen = set()
     for file, listed in catalogue.cases(target).items():
         for position, (case, _) in enumerate(listed):
-            if ALL or case.kernel not in seen:
+            if which == "all" or case.kernel not in seen:
                 yield file, position, case
             seen.add(case.kernel)
 
 
-@pytest.mark.parametrize("target", TARGETS if ALL else ("sm_90",))
-def test_builds_pass_the_gate(target):
-    builds = list(chosen(target))
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("which", ["first", ALL])
+def test_builds_pass_the_gate(which, target):
+    builds = list(chosen(target, which))
     list(pool.compile_ahead(target, [(file, position) for file, position, _ in builds]))
     failures = [failure for _, _, case in builds for failure in gate(case, target)]
     assert not failures, "\n".join(failures)
@@ -46,7 +49,7 @@ def test_cases_are_named_and_their_work_is_counted(target):
 
 
 def test_cases_compile_in_other_processes(monkeypatch):
-    builds = list(chosen("sm_90"))[:2]
+    builds = list(chosen("sm_90", "first"))[:2]
     if len(builds) < 2:
         pytest.skip("the catalogue is empty")
     monkeypatch.setattr(pool, "CASES_PER_PROCESS", 1)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpu.launching import ENGINES, on, running, send_to_triton
+from gpu.launching import ENGINES, on, on_engines, running, send_to_triton
 from gpu.test_int8_linear_kernels import on_gpu
 from limber_fast import Int8Weight, frozen_cross_entropy, quantize_int8
 from limber_fast.kernels import frozen_cross_entropy_launch as launch
@@ -87,7 +87,7 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
+@on_engines("name", CALLS, kept=("plain", "sure"))
 def test_against_float64(engine, monkeypatch, name):
     monkeypatch.setattr(launch, "HELD", 1)  # the smallest chunks
     call = CALLS[name]

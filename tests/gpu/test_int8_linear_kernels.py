@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpu.launching import ENGINES, on, running, send_to_triton
+from gpu.launching import ENGINES, on, on_engines, running, send_to_triton
 from limber_fast import Int8Weight, int8_linear, quantize_int8
 from limber_fast.ops.int8_weight import to_rows
 from limber_fast.reference.int8_linear import int8_linear as reference
@@ -118,7 +118,7 @@ def _within(found: list[Tensor], true: list[Tensor], eager: list[Tensor], floor:
             assert error <= 2 * of_eager + floor, (place, error, of_eager)
 
 
-@pytest.mark.parametrize("name", CALLS)
+@on_engines("name", CALLS, kept=("many", "w8a8"))
 def test_against_float64(engine, name):
     call = CALLS[name]
     found, true = call.ours(engine), call.true()
@@ -128,19 +128,33 @@ def test_against_float64(engine, name):
     _within(found[1:], true[1:], call.eager()[1:], cases.FLOOR[call.dtype])
 
 
-@pytest.mark.parametrize("options", [{}, W8A8], ids=["w8a16", "w8a8"])
-@pytest.mark.parametrize("m, n, k", [(2, 70, 2500), (70, 70, 2100)])
-def test_split_reductions(request, monkeypatch, engine, m, n, k, options):
+SPLIT = {
+    "decode": Call(2, 70, 2500),
+    "many": Call(70, 70, 2100),
+    "w8a8_decode": Call(2, 70, 2500, options=W8A8),
+    "w8a8": Call(70, 70, 2100, options=W8A8),
+}
+
+
+@on_engines("name", SPLIT, kept=("decode",))
+def test_split_reductions(monkeypatch, engine, name):
     """More programs than tiles: several add up one tile, the backward pass's too."""
     send_to_triton(monkeypatch, "int8_linear", engine, programs=12)
-    call = Call(m, n, k, options=options)
+    call = SPLIT[name]
     found, true = call.ours(engine), call.true()
     _within(found, true, call.eager(), cases.FLOOR[call.dtype])
 
 
-@pytest.mark.parametrize("broken", ["x", "bias", "residual", "grad"])
-@pytest.mark.parametrize("options", [{}, W8A8], ids=["w8a16", "w8a8"])
-def test_nan_and_infinity_reach_what_they_reach_in_eager(engine, broken, options):
+BROKEN = {
+    f"{compute}-{broken}": (options, broken)
+    for compute, options in (("w8a16", {}), ("w8a8", W8A8))
+    for broken in ("x", "bias", "residual", "grad")
+}
+
+
+@on_engines("name", BROKEN, kept=("w8a8-x",))
+def test_nan_and_infinity_reach_what_they_reach_in_eager(engine, name):
+    options, broken = BROKEN[name]
     call = Call(5, dtype=torch.float32, activation=None, options=options, broken=broken)
     for place, (x, y) in enumerate(zip(call.ours(engine), call.eager(), strict=True)):
         assert torch.equal(x.isnan(), y.isnan()) and torch.equal(x.isinf(), y.isinf()), place
