@@ -46,6 +46,12 @@ void bind_info_nce(py::module_& m) {
     py::gil_scoped_release unlocked;
     info_nce_bwd(p);
   });
+  m.def("info_nce_total", [](uintptr_t row, int64_t n, uintptr_t col, int64_t m) {
+    double total = 0;  // in this order whatever the number of threads
+    for (int64_t i = 0; i < n; i++) total += pointer<float>(row)[i];
+    for (int64_t j = 0; j < m; j++) total += pointer<float>(col)[j];
+    return total;
+  });
 }
 
 }  // namespace limber

@@ -35,11 +35,12 @@ class InfoNceBackward {
         Kd(dwords<Op>(p.D)),
         Dp(round_up(p.D, NR)),
         direct(p.dtype == Dtype::f32),
+        high(round_up(ceil_div(p.N, ceil_div(p.N, MB)), MR)),
         super(cols.super_block(p.D * (8 * PARTS / P + (direct ? 0 : 4)))) {}  // packed twice, and an accumulator
 
   void run() {
     const bool rows = p.d_image, columns = p.d_text || p.d_extra;
-    if (direct || !rows || super >= cols.count) return sweep(rows, columns, direct || !rows ? p.N : MB, false);
+    if (direct || !rows || super >= cols.count) return sweep(rows, columns, direct || !rows ? p.N : high, false);
     // 16-bit d_image over several column super-blocks: between two of them the fp32 sums wait as their upper half in
     // d_image itself and their lower half in a buffer. Beyond the budget (N D > 64 Mi) the towers take a recompute pass
     // each: 10 N^2 D instead of 8.
@@ -52,12 +53,12 @@ class InfoNceBackward {
   // Rows in super-blocks of `open_rows`, columns in super-blocks, row blocks, column blocks. `halved`: fp32 sums of
   // d_image are kept for one row block alone and parked in halves between column super-blocks.
   void sweep(bool want_rows, bool want_cols, int64_t open_rows, bool halved) {
-    open_rows = std::clamp<int64_t>(round_up(open_rows, MB), MB, round_up(p.N, MB));
+    open_rows = std::clamp<int64_t>(round_up(open_rows, high), high, round_up(p.N, high));
     const bool recompute = !cache.complete(cols.count);
     // A step of some milliseconds is bound by what a core reads of the other's L2. Shared out evenly, a thread
     // multiplies the panels that it packed: 8 to 14% at N = 256 to 1024. Longer ones give a slow core less.
     const auto sharing = p.N * (p.M + p.K) <= (int64_t(1) << 31) / p.D ? omp_sched_static : omp_sched_dynamic;
-    const int64_t width = super * cols.NB, mb_max = std::min<int64_t>(MB, round_up(p.N, MR));
+    const int64_t width = super * cols.NB, mb_max = high;
     Buffer<float> norms(p.normalize ? p.N + p.M + p.K : 0), text_t(recompute ? width * Kd : 0),
         text_n(want_rows ? dwords<Op>(width) * Dp : 0), image_t(recompute ? mb_max * Kd : 0);
     Buffer<float> image_n(want_cols ? dwords<Op>(mb_max) * Dp : 0), ds(mb_max * LDN + NR),
@@ -81,7 +82,8 @@ class InfoNceBackward {
     {
       [[maybe_unused]] const typename Op::Session session;
       omp_set_schedule(sharing, sharing == omp_sched_static ? 0 : 1);
-      float *strip = scratch + omp_get_thread_num() * per_thread(), *a = strip + MR * LDS, *b = a + round_up(MB, 16);
+      float *strip = scratch + omp_get_thread_num() * per_thread(), *a = strip + MR * LDS, *b = a + round_up(MB, 16),
+            *narrow = b + NB + simd::W;
       if (p.normalize) {
         row_norms(images, norms);
         row_norms(texts, norms + p.N);
@@ -102,8 +104,8 @@ class InfoNceBackward {
               }
             packed = b0;
           }
-          for (int64_t i0 = r0; i0 < r1; i0 += MB) {
-            const int64_t mb = std::min<int64_t>(MB, r1 - i0), Ki = dwords<Op>(mb), first = halved ? i0 : r0;
+          for (int64_t i0 = r0; i0 < r1; i0 += high) {
+            const int64_t mb = std::min<int64_t>(high, r1 - i0), Ki = dwords<Op>(mb), first = halved ? i0 : r0;
             if (halved && b0 > 0) {
 #pragma omp for schedule(static) nowait
               for (int64_t i = i0; i < i0 + mb; i++)
@@ -139,11 +141,20 @@ class InfoNceBackward {
               // it.
 #pragma omp for schedule(runtime)
               for (int64_t t = 0; t < (want_cols && gradient_of(j0) ? groups(nb) : 0); t++)
-                each_tile(t, nb, [&](int64_t j, int64_t d) {
-                  gemm_tile<Op, 1, LDP>((int)std::min<int64_t>(MR, nb - j), Ki,
-                                        (P == 1 ? ds : ds_pairs) + (Op::TILES ? j * (mb_max / 2) * PARTS : j),
-                                        image_n + d * Ki, col_out(j0 + j, at + j) + d, p.D, p.D - d, i0 > 0);
-                });
+                if constexpr (NARROW) {
+                  const int64_t first = t % ceil_div(nb, group_rows()) * group_rows();
+                  copy_columns(ds + first, std::min(group_rows(), nb - first), mb, narrow);
+                  each_tile(t, nb, [&](int64_t j, int64_t d) {
+                    gemm_tile<Op, 1, MR>((int)std::min<int64_t>(MR, nb - j), Ki, narrow + (j - first) * MB,
+                                         image_n + d * Ki, col_out(j0 + j, at + j) + d, p.D, p.D - d, i0 > 0);
+                  });
+                } else {
+                  each_tile(t, nb, [&](int64_t j, int64_t d) {
+                    gemm_tile<Op, 1, LDP>((int)std::min<int64_t>(MR, nb - j), Ki,
+                                          (P == 1 ? ds : ds_pairs) + (Op::TILES ? j * (mb_max / 2) * PARTS : j),
+                                          image_n + d * Ki, col_out(j0 + j, at + j) + d, p.D, p.D - d, i0 > 0);
+                  });
+                }
             }
             if (halved) {
 #pragma omp for schedule(static)
@@ -178,12 +189,21 @@ class InfoNceBackward {
   // to 15%).
   static constexpr int64_t PART = Op::TILES ? 8 * NR : 512;
   int64_t group_rows() const { return Op::TILES ? 4 * MR : p.D > PART ? 8 * MR : MR; }
-  int64_t groups(int64_t rows) const { return ceil_div(rows, group_rows()) * ceil_div(p.D, PART); }
+  int64_t part() const { return round_up(ceil_div(p.D, ceil_div(p.D, PART)), NR); }  // even: threads share them out
+  int64_t groups(int64_t rows) const { return ceil_div(rows, group_rows()) * ceil_div(p.D, part()); }
   template <class F>
   void each_tile(int64_t group, int64_t rows, F f) const {
-    const int64_t down = ceil_div(rows, group_rows()), r0 = group % down * group_rows(), d0 = group / down * PART;
-    for (int64_t d = d0; d < std::min(d0 + PART, p.D); d += NR)
+    const int64_t down = ceil_div(rows, group_rows()), r0 = group % down * group_rows(), d0 = group / down * part();
+    for (int64_t d = d0; d < std::min(d0 + part(), p.D); d += NR)
       for (int64_t r = r0; r < std::min(r0 + group_rows(), rows); r += MR) f(r, d);
+  }
+
+  // dS[0 .. mb-1][0 .. n-1] as panels [column tile][row][MR], MB rows apart. A tile of AVX2 reads 24 bytes of a row of
+  // dS: in place they are a cache line each, 32 KiB for a tile, and its product runs at 77% of its rate from a panel.
+  static constexpr bool NARROW = !Op::TILES && MR <= 8;
+  void copy_columns(const float* dS, int64_t n, int64_t mb, float* out) const {
+    for (int64_t j = 0; j < n; j += MR)
+      for (int64_t i = 0; i < mb; i++) std::memcpy(out + j * MB + i * MR, dS + i * LDN + j, MR * sizeof(float));
   }
 
   void part_halves(const float* sum, uint16_t* upper, uint16_t* lower) const {
@@ -199,7 +219,9 @@ class InfoNceBackward {
       std::memcpy(sum + d, &u, 4);
     }
   }
-  int64_t per_thread() const { return round_up(MR * LDS + round_up(MB, 16) + NB + simd::W, 16); }
+  int64_t per_thread() const {
+    return round_up(MR * LDS + round_up(MB, 16) + NB + simd::W + (NARROW ? group_rows() * MB : 0), 16);
+  }
 
   float row_lse(int64_t i) const { return p.row_state[LSE_EXPONENT * p.N + i] + p.row_state[LSE_REMAINDER * p.N + i]; }
   float col_lse(int64_t j) const { return p.col_state[LSE_EXPONENT * p.M + j] + p.col_state[LSE_REMAINDER * p.M + j]; }
@@ -414,7 +436,9 @@ class InfoNceBackward {
   const TileCache<Op> cache;
   const Logits<Op> logits;
   const int64_t Kd, Dp;
-  const bool direct;  // gradients are fp32: accumulate in place
+  const bool direct;   // gradients are fp32: accumulate in place
+  const int64_t high;  // rows of a block, even: 512 are 258 + 254, not 504 + 8, whose short products and barriers cost
+                       // as much as long ones
   const int64_t super;
 };
 

@@ -119,10 +119,7 @@ class InfoNceForward {
 
   void run() {
     const int64_t super = cols.super_block(Kd * 4), width = super * cols.NB, tasks = ceil_div(p.N, chunk),
-                  group = std::min<int64_t>(B::GROUP, tasks),
-                  // Tasks that one thread runs side by side, against the same column block in its L2. Their results do
-                  // not depend on it.
-        neighbours = std::clamp<int64_t>(ceil_div(tasks, 2 * p.threads), 1, B::CHUNK / chunk);
+                  group = std::min<int64_t>(B::GROUP, tasks);
     const bool extras = p.row_correct || p.label_smoothing > 0;
     advise_huge_pages(p.cache, p.cache_bytes);
     panels = Buffer<float>(width * Kd);
@@ -154,13 +151,17 @@ class InfoNceForward {
         cols.template pack<Op>(texts, b0, b1, panels);
         for (int64_t t0 = 0; t0 < tasks; t0 += group) {
           const int64_t t1 = std::min(t0 + group, tasks);
+          // A unit's tasks run side by side, against the same column block in a thread's L2. Their results do not
+          // depend on it.
+          const int64_t units = p.threads * ceil_div(t1 - t0, p.threads * (B::CHUNK / chunk));
+          auto unit = [&](int64_t u) { return t0 + (t1 - t0) * u / units; };
           auto task_sums = [&](int64_t t) { return carve(p.N + p.M + (t - t0) * width, width); };
           auto task_extras = [&](int64_t t) { return carve_extras(p.N + p.M + (t - t0) * width); };
 #pragma omp for schedule(dynamic, 1)
-          for (int64_t t = t0; t < t1; t += neighbours) {
-            const int64_t end = std::min(t + neighbours, t1);
-            for (int64_t u = t; u < end; u++) task_sums(u).clear(width), task_extras(u).clear(width);
-            run_tasks(t * chunk, std::min(end * chunk, p.N), b0, b1, row, task_sums, row_x, task_extras, mine);
+          for (int64_t u = 0; u < units; u++) {
+            for (int64_t t = unit(u); t < unit(u + 1); t++) task_sums(t).clear(width), task_extras(t).clear(width);
+            run_tasks(unit(u) * chunk, std::min(unit(u + 1) * chunk, p.N), b0, b1, row, task_sums, row_x, task_extras,
+                      mine);
           }
           if (p.columns)
 #pragma omp for schedule(static)

@@ -128,9 +128,12 @@ static void pack_rows(const Source& rows, int64_t begin, int64_t end, float* dst
 // bf16.
 template <class Op, class Source>
 static void pack_natural(const Source& rows, int64_t begin, int64_t end, int64_t d, float* dst) {
-  constexpr int W = simd::W;
+  constexpr int W = simd::W, AHEAD = 8;
   const int64_t padded = begin + dwords<Op>(end - begin) / Op::PARTS * Op::P;
   for (int64_t i = begin, k = 0; i < padded; i += Op::P, k++) {
+    // A panel is one cache line of each row, which no hardware prefetcher foresees.
+    for (int64_t next = i + AHEAD; next < std::min(i + AHEAD + Op::P, end); next++)
+      __builtin_prefetch((const char*)rows.row(next) + d * size_of(rows.dtype));
     if constexpr (Op::P == 1)
       for (int h = 0; h < 2; h++)
         simd::store(dst + k * NR + h * W,

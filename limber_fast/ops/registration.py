@@ -17,7 +17,7 @@ LIBRARY = torch.library.Library("limber_fast", "FRAGMENT")
 
 _KERNELS: dict[Any, Callable[..., Any]] = {}
 _FUNCTIONS: dict[Any, type[torch.autograd.Function]] = {}
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = {Tensor, torch.nn.Parameter, type(None), bool, int, float, str}
 
 
 def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], no_vmap: str) -> None:
@@ -44,7 +44,10 @@ def _watched(inputs: tuple[Any, ...]) -> bool:
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
-        or any(isinstance(x, Tensor) and type(x) not in _PLAIN for x in inputs)
+        or (
+            not _PLAIN.issuperset(map(type, inputs))
+            and any(isinstance(x, Tensor) and type(x) not in _PLAIN for x in inputs)
+        )
     )
 
 

@@ -84,3 +84,10 @@ def info_nce_bwd(
     kernels.info_nce_bwd(params, row_grad.data_ptr(), address(col_grad), address(d_image), address(d_text),
                               address(d_extra))  # fmt: skip
     return d_image, d_text, d_extra
+
+
+def info_nce_total(row: Tensor, col: Tensor | None, field: int) -> float:
+    """Sum of one field of the state over all rows, and over all columns unless `col` is None, in fp64."""
+    n, m = row.shape[1], 0 if col is None else col.shape[1]
+    at = [0 if x is None else x.data_ptr() + field * x.shape[1] * x.element_size() for x in (row, col)]
+    return native.cpu().info_nce_total(at[0], n, at[1], m)
