@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,24 @@ def reason(error: Exception) -> str:
     return (str(error).strip().splitlines() or [""])[0].partition(". ")[0] or type(error).__name__
 
 
-def replace(path: Path, data: bytes) -> None:
-    """A whole new file, or the old one: written under a temporary name, flushed to disk, renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path to write: at the end it is flushed to disk and renamed to `path`, which holds a whole new file
+    or the old one. What a killed run left half-written has the same name, and the next one replaces it."""
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace(path: Path, data: bytes | str) -> None:
+    """`path` holds `data`, text in UTF-8, or what it held before."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from limber_fast import checks
+from limber_fast import checks, files
 from limber_fast.console import Console
 from limber_fast.train_limber import pairs_of, processes, tensorboard
 from limber_fast.training.checkpoint import CLIP, CheckpointError, load_checkpoint
@@ -107,14 +107,9 @@ def build(config: ClipTrainConfig) -> tuple[nn.Module, Callable[[Any], Tensor], 
 
 def save_weights(model: nn.Module, folder: Path) -> Path:
     """model.safetensors, which `open_clip.create_model(..., pretrained=path)` reads; whole or absent."""
-    path, temporary = folder / "model.safetensors", folder / f".model.safetensors.{os.getpid()}.tmp"
-    try:
+    path = folder / "model.safetensors"
+    with files.replacing(path) as temporary:
         save_file({name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}, temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from limber_fast import checks
 from limber_fast.data.index import Index
 from limber_fast.evaluation.tokenize import ptb_tokenize
-from limber_fast.report.page import write_text
+from limber_fast.files import replace
 
 LONGEST = 4
 SIGMA = 6.0
@@ -39,7 +39,7 @@ class DocumentFrequency:
     def save(self, path: str | Path) -> None:
         """As JSON, in one rename: counting the references of all of COCO takes longer than scoring a split."""
         counts = {" ".join(ngram): count for ngram, count in self.counts.items()}
-        write_text(Path(path), json.dumps({"images": self.images, "counts": counts}, ensure_ascii=False))
+        replace(Path(path), json.dumps({"images": self.images, "counts": counts}, ensure_ascii=False))
 
     @classmethod
     def load(cls, path: str | Path) -> DocumentFrequency:

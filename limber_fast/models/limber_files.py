@@ -65,7 +65,7 @@ def save(limber: Any, folder: Path) -> None:
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     try:
         replace(data, save(tensors, {"format": FORMAT}))
-        replace(folder / CONFIG, (json.dumps(config, indent=1) + "\n").encode())
+        replace(folder / CONFIG, json.dumps(config, indent=1) + "\n")
     except BaseException:
         data.unlink(missing_ok=True)
         raise

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from limber_fast import checks, native
+from limber_fast import checks, files, native
 
 FORMAT, LAYOUT = "limber_fast.Int8Weight", 1
 BLOCK, K_STEP = 32, 64  # output channels of a packed block; what K is padded to
@@ -109,20 +109,13 @@ class Int8Weight(torch.nn.Module):
             raise checks.invalid("Int8Weight", "the state", f"be of shape {self.shape}", f"shape {tuple(shape)}")
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file: a temporary name first, then the final one, so that none is ever half written."""
+        """Writes a safetensors file, whole or not at all."""
         from safetensors.torch import save_file
 
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         tensors = {name: in_file(x).detach().cpu().contiguous() for name, x in self.named_buffers()}
         metadata = {"format": FORMAT, "layout": str(LAYOUT), "shape": " ".join(map(str, self.shape))}
-        try:
+        with files.replacing(Path(path)) as temporary:
             save_file(tensors, temporary, metadata)
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, mmap: bool = False) -> Int8Weight:

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 import torch
 
-from limber_fast import environment
+from limber_fast import environment, files
 from limber_fast.console import Console
-from limber_fast.report import bench_html, page
+from limber_fast.report import bench_html
 
 SCHEMA = 1
 SECONDS_PER_ROW, SECONDS_PER_QUICK_ROW = 1.5, 0.4
@@ -81,8 +81,8 @@ def main(args: argparse.Namespace, console: Console) -> int:
         return FAILED
 
     result = _result(args, recorder)
-    page.write_text(args.output / "bench.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
-    page.write_text(args.output / "bench.html", bench_html.render(result))
+    files.replace(args.output / "bench.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
+    files.replace(args.output / "bench.html", bench_html.render(result))
     console.table("Benchmarks", *bench_html.brief(result["rows"]))
     console.print(f"wrote {args.output / 'bench.html'} and bench.json", markup=False)
 

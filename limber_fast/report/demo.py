@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from limber_fast import files
 from limber_fast.data import emoji
 from limber_fast.evaluation.emoji import Evaluation
 from limber_fast.report import charts, page
@@ -93,7 +94,7 @@ def write_result(path: Path, run: dict, found: Evaluation, limber: dict, points:
         "confusion_by_group": {"groups": found.groups, "counts": found.confusion.tolist()},
         "loss_timing": [asdict(point) for point in points],
     })  # fmt: skip
-    page.write_text(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    files.replace(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return result
 
 
@@ -117,7 +118,7 @@ def write_report(
         page.section("machine", "This machine", page.table(("", ""), list(run["machine"].items()))),
         page.section("credits", "Credits", page.paragraph(CREDITS_NOTE), *_credits()),
     )
-    page.write_text(path, page.page("limber_fast demo", *content))
+    files.replace(path, page.page("limber_fast demo", *content))
 
 
 def _lead(run: dict, tables: dict[str, dict]) -> str:

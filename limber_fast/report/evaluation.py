@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from limber_fast import __version__
+from limber_fast import __version__, files
 from limber_fast.data.pictures import Broken, Skipped, open_image
 from limber_fast.evaluation.predictions import ALL, MODEL, Scored
 from limber_fast.report import page
@@ -75,7 +75,7 @@ def write_result(path: Path, scored: Scored, args: argparse.Namespace, skipped: 
             for i, name in enumerate(scored.ids)
         ],
     }
-    page.write_text(path, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    files.replace(path, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     return result
 
 
@@ -121,7 +121,7 @@ def write_page(
         page.section("examples", "Random examples", page.grid(cards)),
         *([page.section("skipped", "Broken images", page.paragraph(str(skipped)))] if len(skipped) else []),
     )
-    page.write_text(path, page.page("limber_fast evaluation", *content))
+    files.replace(path, page.page("limber_fast evaluation", *content))
 
 
 def _card(scored: Scored, shown: Shown, i: int) -> str:

@@ -15,10 +15,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from limber_fast import files
 from limber_fast.console import Console
 from limber_fast.kernels import catalogue
 from limber_fast.kernels.catalogue import Case, Work
-from limber_fast.report import page, steps
+from limber_fast.report import steps
 from limber_fast.report.aot import chips, compile_case, gate
 from limber_fast.report.aot.build import Build
 from limber_fast.report.aot.chips import CHIPS, Chip
@@ -70,7 +71,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
     result = {"label": LABEL, "target": target, "ceilings": ceilings(target), "rows": rows, "steps": priced,
               "failures": failures}  # fmt: skip
     path = args.output / f"modelled-{target}.json"
-    page.write_text(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
+    files.replace(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
     _print(console, result)
     console.print(f"wrote {path}", markup=False)
     for failure in failures:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -105,10 +103,3 @@ def page(title: str, *content: str) -> str:
         + "\n".join(content)
         + "\n</body>\n</html>\n"
     )
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace `path` in one rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

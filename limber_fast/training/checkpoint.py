@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from limber_fast import files
 from limber_fast.files import broken, reason
 
 
@@ -37,23 +37,15 @@ class CheckpointError(ValueError):
 
 
 def save_checkpoint(path: Path, state: dict, layout: Layout = SMALL_CLIP) -> None:
-    """Write `state` under a temporary name, flush it to disk, then rename: a crash leaves the old file or the new one.
+    """Write `state`: a crash leaves the old file or the new one.
 
     Raises: ValueError for a state whose keys are not the format's.
     """
     if set(state) != layout.keys:
         raise ValueError(f"save_checkpoint: keys differ from the format's: {sorted(set(state) ^ layout.keys)}")
     state = {"format": layout.format, **state}
-    # One name for all: what a killed run left half-written, the next save of the resumed one replaces.
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with files.replacing(path) as temporary:
+        torch.save(state, temporary)
 
 
 def load_checkpoint(path: Path, layout: Layout = SMALL_CLIP) -> dict:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections import defaultdict
 from pathlib import Path
+
+from limber_fast import files
 
 CLIP_COLUMNS = ("step", "seconds", "loss", "scale", "grad_norm", "learning_rate")
 LIMBER_COLUMNS = ("step", "seconds", "loss", "grad_norm", "learning_rate")
@@ -45,9 +46,7 @@ class History:
 
     def write_csv(self, path: Path) -> None:
         """Replace `path` in one rename."""
-        temporary = path.with_name(f".{path.name}.tmp")
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
+        with files.replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in self.rows)
-        os.replace(temporary, path)

@@ -194,7 +194,7 @@ def _write(limber: Limber, pairs: Pairs, path: Path, about: Path, key: str, watc
             raise checks.invalid("train-limber", "data", "hold a readable picture", f"{len(broken)} broken")
         if rank == 0:
             os.replace(temporary, path)
-            replace(about, json.dumps(found).encode())
+            replace(about, json.dumps(found))
         _wait()
     finally:
         if rank == 0:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from limber_fast import files
+
 ENVIRONMENT_VARIABLE = "LIMBER_FAST_AUTOTUNE"
 _FORMAT = "limber_fast.autotune/1"
 _chosen: dict[str, str] = {}
@@ -82,16 +84,8 @@ def read(folder: Path) -> dict[str, str]:
 
 
 def _write(folder: Path, kept: dict[str, str]) -> None:
-    """Whole or not at all: under a temporary name first."""
-    temporary = folder / f".autotune.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump({"format": _FORMAT, "chosen": kept}, file, indent=1, sort_keys=True)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / "autotune.json")
-    finally:
-        temporary.unlink(missing_ok=True)
+    text = json.dumps({"format": _FORMAT, "chosen": kept}, indent=1, sort_keys=True)
+    files.replace(folder / "autotune.json", text)
 
 
 @contextmanager
