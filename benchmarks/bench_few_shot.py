@@ -97,7 +97,11 @@ def workload(shots: int, questions: int, mode: dict[str, float]) -> Any:
 
 @pytest.mark.parametrize(
     "workload",
-    [workload(4, 8, {"w8a8": 1}), workload(4, 32, {}), workload(4, 32, {"w8a8": 1}), workload(8, 32, {"w8a8": 1})],
+    [
+        *(workload(4, questions, {"w8a8": 1}) for questions in (1, 2, 4, 8, 32)),  # the chart of the page
+        *(workload(4, questions, {}) for questions in (1, 32)),
+        workload(8, 32, {"w8a8": 1}),
+    ],
 )
 def test_few_shot(compare, workload):
     pytest.importorskip("transformers")

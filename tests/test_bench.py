@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("matplotlib")
 
 from limber_fast import cli, dispatch, native
-from limber_fast.report import bench
+from limber_fast.report import bench, bench_html
 
 ROOT = Path(__file__).resolve().parent.parent
 SELECT = "size-N256-D512 or width-N256-D64 or cuda"
@@ -190,3 +190,13 @@ def _gate(small, folder: Path, monkeypatch) -> int:
     monkeypatch.setattr(bench, "_run", lambda args, console: (0, recorder))
     arguments = ["bench", "--output", str(folder), "--compare", str(folder / "old.json"), "--fail-over", "10%"]
     return cli.main(arguments)
+
+
+def test_page_draws_the_seconds_of_a_question():
+    common = {"op": "few_shot", "group": "reuse", "dtype": "bfloat16", "status": "ok", "w8a8": 1}
+    rows = [{**common, "shape": {"shots": 4, "Q": q}, "warm_s": 1.0 + q / 10, "without_reuse_warm_s": 1.2 * q}
+            for q in (1, 8, 32)]  # fmt: skip
+    (chart,) = bench_html._charts(rows)
+    assert "Seconds per question" in chart and "data:image/svg+xml" in chart
+    failed = [{**row, "status": "failed"} for row in rows]
+    assert "No row of a sweep" in bench_html._charts(failed)[0]

@@ -104,7 +104,24 @@ def _charts(rows: Sequence[Row]) -> list[str]:
         _finish(left, "peak memory beyond the inputs, MiB", "pairs in the batch, N", from_zero=False)
         _finish(right, "time of eager / ours", "features, D")
         drawn.append(page.chart(to_svg(figure), "Peak memory against N, and the ratio to eager against D"))
+    if asked := [row for row in rows if row.get("op") == "few_shot" and row["status"] == "ok"]:
+        drawn.append(_few_shot_chart(asked))
     return drawn or [page.paragraph("No row of a sweep was measured in this run.")]
+
+
+def _few_shot_chart(rows: Sequence[Row]) -> str:
+    """Seconds per question over the number of questions after the same shots."""
+    figure, axes = row_of_axes(2, 4.0)
+    names = {"": ("shots computed once", FUSED), "without_reuse_": ("every prompt whole", SOFT),
+             "eager_prefix_": ("transformers, copied cache", INK), "eager_": ("transformers", EAGER)}  # fmt: skip
+    for axis, mode in zip(axes, ("w8a8", "w8a16"), strict=True):
+        kind = [row for row in rows if row["shape"]["shots"] == 4 and ("w8a8" in row) == (mode == "w8a8")]
+        for baseline, (label, colour) in names.items():
+            key = f"{baseline}warm_s"
+            points = [{**row, key: row[key] / row["shape"]["Q"]} for row in kind if row.get(key)]
+            _lines(axis, points, "Q", key, label, colour)
+        _finish(axis, f"seconds per question, 4 shots, {mode}", "questions, Q")
+    return page.chart(to_svg(figure), "Seconds per question, with the shots computed once and without")
 
 
 def _lines(axis, rows: Sequence[Row], letter: str, key: str, label: str, colour: str, factor: float = 1) -> None:
