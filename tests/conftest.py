@@ -13,6 +13,10 @@ import torch
 
 from limber_fast import native
 
+# Eager's products are equal bit by bit, whatever their operands' strides and addresses, only where MKL is asked for it
+# (before its first call): on CPUs of AMD they are not.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
 # `python -m pytest` puts the repository root on sys.path, where transformers takes kernels/ for a package it knows.
 _TESTS = Path(__file__).resolve().parent
 sys.path[:] = [str(_TESTS), *(path for path in sys.path if Path(path or ".").resolve() != _TESTS.parent)]
