@@ -34,8 +34,9 @@ endif
 demo: $(STAMP)
 	$(RUN) -m limber_fast demo --minutes $(MINUTES)
 
+# A file's tests stay in one process, with what they share. Its waiting threads leave the cores to the other processes.
 test: $(STAMP)
-	$(RUN) -m pytest
+	OMP_WAIT_POLICY=passive $(RUN) -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .
