@@ -1,4 +1,4 @@
-"""Command line: `limber-fast demo | train-clip | train-limber | env | bench | evaluate`.
+"""Command line: `limber-fast demo | reproduce | train-clip | train-limber | env | bench | evaluate`.
 
 Parsing imports nothing heavy; each command imports its own needs.
 
@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("limber_fast"):
             raise
-        console.error(f"{args.command} needs {error.name}: pip install 'limber_fast[{args.command}]'")
+        extra = "demo" if args.command == "reproduce" else args.command
+        console.error(f"{args.command} needs {error.name}: pip install 'limber_fast[{extra}]'")
         return FAILED
     except (BackendUnavailable, OSError) as error:
         console.error(str(error))
@@ -65,13 +66,24 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
 
     demo = commands.add_parser("demo", help="train a small CLIP on emoji art with the fused loss and write report.html")
-    demo.add_argument("--minutes", type=_positive(float), default=5.0, help="training budget (default: %(default)g)")
-    demo.add_argument("--seed", type=int, default=0, help="seed of weights and batches (default: %(default)s)")
-    demo.add_argument(
-        "--output", type=Path, default=Path("limber_fast_demo"), metavar="DIR", help="default: %(default)s"
+    reproduce = commands.add_parser(
+        "reproduce", help="make the papers' tables and figures in miniature: every row, 3 seeds"
     )
-    demo.add_argument("--resume", action="store_true", help="continue from the checkpoint in the output folder")
-    demo.add_argument("--loss", choices=("auto", "cpu", "eager"), default="auto", help="backend (default: %(default)s)")
+    reproduce.add_argument(
+        "--miniature", action="store_true", required=True, help="on the emoji that ship, as `demo --full` does"
+    )
+    demo.add_argument("--full", action="store_true", help="every encoder's row and 3 seeds: about 13 times as long")
+    reproduce.set_defaults(full=True)
+    for command, folder in ((demo, "limber_fast_demo"), (reproduce, "limber_fast_miniature")):
+        command.add_argument(
+            "--minutes", type=_positive(float), default=5.0, help="training budget of an encoder (default: %(default)g)"
+        )
+        command.add_argument("--seed", type=int, default=0, help="seed of weights and batches (default: %(default)s)")
+        command.add_argument("--output", type=Path, default=Path(folder), metavar="DIR", help="default: %(default)s")
+        command.add_argument("--resume", action="store_true", help="continue from what lies in the output folder")
+        command.add_argument(
+            "--loss", choices=("auto", "cpu", "eager"), default="auto", help="backend (default: %(default)s)"
+        )
 
     env = commands.add_parser(
         "env", help="versions, CPU, threads, devices, and the backend of every op with the reasons"
@@ -109,10 +121,11 @@ def build_parser() -> argparse.ArgumentParser:
     clip.add_argument("--dry-run", action="store_true", help="print shapes, memory and an estimate of time")
     _clip_flags(clip)
 
-    for command in (demo, bench, limber, clip):
+    for command in (demo, reproduce, bench, limber, clip):
         command.add_argument("--threads", type=_positive(int), help="CPU threads (default: torch's choice)")
     trained = ((limber, _train_limber), (clip, _train_clip))
-    for command, run in (*trained, (demo, _demo), (env, _env), (bench, _bench), (evaluate, _evaluate)):
+    shown = ((demo, _demo), (reproduce, _demo))
+    for command, run in (*trained, *shown, (env, _env), (bench, _bench), (evaluate, _evaluate)):
         command.set_defaults(run=run)
         # Accepted after the command too; without a default of its own, which would undo the flag before it.
         command.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS, help="the same")

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from limber_fast import demo_limber
+from limber_fast import files, miniature
 from limber_fast.console import Console
 from limber_fast.data.emoji import concepts
+from limber_fast.demo_limber import Fit
 from limber_fast.dispatch import explain
 from limber_fast.environment import collect
 from limber_fast.evaluation.emoji import Evaluation, TestSet, evaluate
@@ -62,42 +63,54 @@ def load_model(checkpoint: Path) -> tuple[SmallClip, WordTokenizer]:
 
 
 def main(args: argparse.Namespace, console: Console) -> int:
-    """Run the demo; args: minutes, seed, output, resume, threads, loss. Returns the exit code."""
+    """Run the demo; args: minutes, seed, output, resume, full, threads, loss. Returns the exit code."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    folder, checkpoint = Path(args.output), Path(args.output) / "checkpoint.pt"
-    config = TrainConfig(minutes=args.minutes, seed=args.seed, backend=args.loss)
-    test_set = TestSet.shipped()
-    trainer = build_trainer(config, test_set.train)
+    folder, test_set, trainers = Path(args.output), TestSet.shipped(), []
+    seeds = range(args.seed, args.seed + (miniature.SEEDS if args.full else 1))
+    folders = [folder, *(folder / f"seed-{seed}" for seed in seeds[1:])]
+    for seed, place in zip(seeds, folders, strict=True):
+        config = TrainConfig(minutes=args.minutes, seed=seed, backend=args.loss)
+        trainers.append(trainer := build_trainer(config, test_set.train))
+        if (code := _trained(trainer, place, args.resume, console)) != 0:
+            return code
+
+    trainer, config = trainers[0], trainers[0].config
+    console.print("testing on fluent-emoji-flat")
+    found = evaluate(trainer.averaged_model(), trainer.tokenizer, test_set, seed=config.seed)
+    console.table("Zero-shot, percent", ZERO_SHOT_HEADER, zero_shot_rows(found))
+    asked = ASKED if config.minutes >= 1 else ASKED // 5
+    benchmark = Benchmark(test_set.train, test_set.test, asked=asked)
+    limber = miniature.run(
+        trainers, test_set, benchmark, folders, lambda c: Fit(LIMBER_SHARE * 60 * c.minutes, c.seed, asked),
+        full=args.full, console=console,
+    )  # fmt: skip
+    console.table("LiMBeR, percent", limber_report.HEADER, limber_report.table(limber))
+    points = _time_loss(config, console)
+    console.table("Loss, forward + backward", TIMING_HEADER, timing_rows(points))
+    _write(folder, trainer, found, (limber, benchmark), points)
+    console.print(f"{folder / 'report.html'}")
+    return 0
+
+
+def _trained(trainer: Trainer, folder: Path, resume: bool, console: Console) -> int:
+    """Trains, or goes on; the exit code where the demo ends here, else 0."""
+    checkpoint, config = folder / "checkpoint.pt", trainer.config
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if args.resume and checkpoint.exists():
+        if resume and checkpoint.exists():
             trainer.restore(load_checkpoint(checkpoint))
             console.print(f"resumed at step {trainer.step}, {trainer.budget.spent / 60:.1f} minutes spent")
     except CheckpointError as error:
         console.error(f"{error}; run without --resume to start anew")
         return FAILED
-
-    drawings, seen = len(test_set.train), len(trainer.batches.drawn)
+    drawings, seen = len(trainer.batches.images), len(trainer.batches.drawn)
     console.print(
         f"{drawings} drawings of {seen} concepts, {config.minutes:g} minutes on {torch.get_num_threads()} threads"
     )
     if not _train(trainer, folder, console):
         console.print(f"stopped at step {trainer.step}; {checkpoint} is whole: go on with --resume")
         return EXIT_CODE
-    console.print("testing on fluent-emoji-flat")
-    found = evaluate(trainer.averaged_model(), trainer.tokenizer, test_set, seed=config.seed)
-    console.table("Zero-shot, percent", ZERO_SHOT_HEADER, zero_shot_rows(found))
-    visual, seconds = trainer.averaged_model().visual, LIMBER_SHARE * 60 * config.minutes
-    asked = ASKED if config.minutes >= 1 else ASKED // 5
-    limber, benchmark = demo_limber.run(
-        visual, test_set.train, test_set.test, seconds=seconds, seed=config.seed, console=console, asked=asked
-    )
-    console.table("LiMBeR, percent", limber_report.HEADER, limber_report.table(limber))
-    points = _time_loss(config, console)
-    console.table("Loss, forward + backward", TIMING_HEADER, timing_rows(points))
-    _write(folder, trainer, found, (limber, benchmark), points)
-    console.print(f"{folder / 'report.html'}")
     return 0
 
 
@@ -121,7 +134,7 @@ def _time_loss(config: TrainConfig, console: Console) -> list[Point]:
 
 
 def _write(
-    folder: Path, trainer: Trainer, found: Evaluation, limber: tuple[demo_limber.LimberResult, Benchmark],
+    folder: Path, trainer: Trainer, found: Evaluation, limber: tuple[miniature.Miniature, Benchmark],
     points: list[Point],
 ) -> None:  # fmt: skip
     environment = collect()
@@ -150,7 +163,6 @@ def _write(
             **{name: version for name, version in environment["versions"].items() if version},
         },
     }
-    facts = {"ceiling": limber[0].ceiling, "steps": limber[0].steps, "seconds": limber[0].seconds,
-             "rows": limber[0].summaries, "bars": demo_limber.bars(limber[0])}  # fmt: skip
-    write_result(folder / "result.json", run, found, facts, points)
+    write_result(folder / "result.json", run, found, limber[0].facts(), points)
+    files.replace(folder / "table.md", limber_report.markdown(limber[0]))
     write_report(folder / "report.html", run, trainer.history.rows, found, limber_report.section(*limber), points)

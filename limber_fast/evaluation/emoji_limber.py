@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +15,13 @@ from limber_fast.data.emoji import concepts
 from limber_fast.data.emoji_questions import QUESTIONS, answer_of
 from limber_fast.evaluation.bootstrap import bootstrap_interval
 from limber_fast.evaluation.cider import cider_d
+from limber_fast.evaluation.clip_score import score_captions
 from limber_fast.evaluation.controls import derangement, majority_answer
 from limber_fast.evaluation.exact_match import exact_match
+from limber_fast.models.clip import SmallClip
+from limber_fast.models.gptj import GPTJ
 from limber_fast.models.limber import Limber
+from limber_fast.models.tokenizer import WordTokenizer
 from limber_fast.training.drawings import Drawings
 from limber_fast.training.projection import PROMPT, spread
 
@@ -24,6 +29,8 @@ SHOTS = (0, 1, 2, 4)
 ASKED = 250  # questions of a kind
 BATCH = 128
 Progress = Callable[[int], None]
+TextScorer = tuple[SmallClip, WordTokenizer]  # a CLIP that is no captioner's encoder
+PREFIX = "a drawing of "  # one of the scorer's own templates, in the place of CLIPScore's 'A photo depicts '
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,8 @@ class Asked:
 
 @dataclass
 class Row:
-    """What one encoder reached. `scores` of every test drawing; `vqa[kind][shots]` of every question."""
+    """What was said of every test drawing and question, and its scores: `vqa[kind][shots]` of every question, the
+    others of every drawing, percent. CLIPScores are empty without a scorer."""
 
     name: str
     captions: list[str] = field(default_factory=list)
@@ -47,6 +55,8 @@ class Row:
     cider: np.ndarray = field(default_factory=lambda: np.zeros(0))
     exact: np.ndarray = field(default_factory=lambda: np.zeros(0))
     vqa: dict[str, dict[int, np.ndarray]] = field(default_factory=dict)
+    clip_score: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    ref_clip_score: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
 
 class Benchmark:
@@ -83,7 +93,7 @@ class Benchmark:
                 break
         return rows, answers
 
-    def score(self, row: Row) -> Row:
+    def score(self, row: Row, scorer: TextScorer | None = None) -> Row:
         """Fills the scores of what `row` said."""
         row.cider = 100 * cider_d(row.captions, self.references)
         row.exact = 100 * exact_match(row.captions, self.references)
@@ -94,6 +104,13 @@ class Benchmark:
             }
             for asked in self.asked
         }
+        if scorer is not None:
+            model, tokenizer = scorer
+            scores = score_captions(
+                model, self.test.images, row.captions, self.references, preprocess=lambda image: image.float() / 255,
+                tokenize=tokenizer, prefix=PREFIX, batch=512,
+            )  # fmt: skip
+            row.clip_score, row.ref_clip_score = 100 * scores.clip_score, 100 * scores.ref_clip_score
         return row
 
     def run(
@@ -118,16 +135,15 @@ class Benchmark:
                     images, [question] * len(images), shots, max_new_tokens=8, batch_size=BATCH
                 )
                 progress(done := done + 1)
-        return self.score(row)
+        return row
 
     @property
     def steps(self) -> int:
         return 1 + len(self.asked) * len(SHOTS)
 
-    def oracle(self, limber: Limber) -> Row:
+    def oracle(self, language_model: GPTJ, tokenizer: Any) -> Row:
         """The language model alone, told name and keywords in words where the picture's soft prompts would be: what is
         lost here no encoder can win. 0 shots."""
-        tokenizer, model = limber.tokenizer, limber.language_model
         told = [" " + " ".join([c.name, *c.tags[:2]]) for c in self.drawn]
 
         def say(rows: list[int], text: str, tokens: int) -> list[str]:
@@ -136,14 +152,14 @@ class Benchmark:
                 prompts = [
                     tokenizer(told[r]).input_ids + tokenizer(text).input_ids for r in rows[start : start + BATCH]
                 ]
-                found = model.generate(prompts, max_new_tokens=tokens, stop_strings="\n", tokenizer=tokenizer)
+                found = language_model.generate(prompts, max_new_tokens=tokens, stop_strings="\n", tokenizer=tokenizer)
                 said += [text.strip() for text in found.texts]
             return said
 
         row = Row("told in words")
         row.captions = say(list(range(len(told))), PROMPT, 16)
         row.answers = {a.kind: {0: say(a.rows, f"Q: {QUESTIONS[a.kind]} A:", 8)} for a in self.asked}
-        return self.score(row)
+        return row
 
     def majority(self) -> Row:
         """The training drawings' most frequent answer to each kind of question."""
@@ -151,7 +167,7 @@ class Benchmark:
         names = [concepts()[i].name for i in self.train.concept.tolist()]
         row.captions = [majority_answer(names)] * len(self.drawn)
         row.answers = {a.kind: {0: [a.majority] * len(a.rows)} for a in self.asked}
-        return self.score(row)
+        return row
 
 
 def shuffled(features: Tensor, seed: int = 0) -> Tensor:
@@ -167,6 +183,8 @@ def summary(row: Row, benchmark: Benchmark) -> dict:
 
     return {
         "cider_d": interval(row.cider),
+        "clip_score": interval(row.clip_score) if len(row.clip_score) else None,
+        "ref_clip_score": interval(row.ref_clip_score) if len(row.ref_clip_score) else None,
         "name_seen": interval(row.exact[benchmark.seen]),
         "name_unseen": interval(row.exact[~benchmark.seen]) if not benchmark.seen.all() else None,
         "vqa": {

@@ -12,7 +12,8 @@ STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
 LIMITS = (1e-6, 1e6)
 
 
-def _probe(strength: float) -> Pipeline:
+def probe_of(strength: float) -> Pipeline:
+    """The probe with C = `strength`, not fitted."""
     return make_pipeline(StandardScaler(), LogisticRegression(C=strength, solver="lbfgs", max_iter=1000))
 
 
@@ -21,15 +22,15 @@ def fit_probe(train: Labelled, validation: Labelled, *, search: bool = False) ->
 
     Args: search: go on in steps of ten, within `LIMITS`, while the best C is the first or the last.
     """
-    scores = {c: _probe(c).fit(*train).score(*validation) for c in STRENGTHS}
+    scores = {c: probe_of(c).fit(*train).score(*validation) for c in STRENGTHS}
     while True:
         best = max(scores, key=scores.__getitem__)
         beyond = {min(scores): best / 10, max(scores): best * 10}.get(best, 0.0)
         if not search or not LIMITS[0] <= beyond <= LIMITS[1]:
             break
-        scores[beyond] = _probe(beyond).fit(*train).score(*validation)
+        scores[beyond] = probe_of(beyond).fit(*train).score(*validation)
     both = [np.concatenate(pair) for pair in zip(train, validation, strict=True)]
-    return best, _probe(best).fit(*both)
+    return best, probe_of(best).fit(*both)
 
 
 def linear_probe(train: Labelled, validation: Labelled, tests: dict[str, Labelled]) -> dict[str, float]:

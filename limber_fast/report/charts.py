@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from limber_fast.evaluation.emoji_transfer import GroupAccuracy, Shift
 from limber_fast.report.loss_timing import Point
 
 INK, FUSED, EAGER, SOFT = "#1d1d1b", "#0b6e4f", "#b3541e", "#8a867b"
@@ -97,4 +98,34 @@ def loss_cost(points: Sequence[Point]) -> bytes:
         axis.yaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel("pairs in the batch, N", fontsize=9)
     axes[0].legend(frameon=False, fontsize=9)
+    return to_svg(figure)
+
+
+def against_probe(seeds: Sequence[Sequence[GroupAccuracy]]) -> bytes:
+    """Zero-shot minus probe in points, a bar a group: the mean over seeds, largest first; dots are the seeds."""
+    figure, (axis,) = row_of_axes(1, 3.6)
+    points = np.array([[x.zero_shot - x.probe for x in found] for found in seeds])
+    order = points.mean(0).argsort()
+    labels = [f"{seeds[0][i].group} ({seeds[0][i].names} names)" for i in order]
+    means = points.mean(0)[order]
+    axis.barh(labels, means, color=[FUSED if value > 0 else EAGER for value in means], alpha=0.75)
+    for found in points:
+        axis.plot(found[order], range(len(order)), "o", color=INK, ms=3)
+    axis.axvline(0, color=SOFT, linewidth=0.8)
+    axis.set_title("zero-shot CLIP minus linear probe, points", loc="left", fontsize=10)
+    return to_svg(figure)
+
+
+def robustness(seeds: Sequence[Sequence[Shift]]) -> bytes:
+    """Accuracy on the unseen vendor against that on the training vendors, a point a model and seed."""
+    figure, (axis,) = row_of_axes(1, 4.0)
+    for at, colour in enumerate((FUSED, EAGER)):
+        drawn = [(found[at].known_vendors, found[at].unseen_vendor) for found in seeds]
+        axis.plot(*zip(*drawn, strict=True), "o", color=colour, ms=7, label=seeds[0][at].model)
+    values = [x for found in seeds for shift in found for x in (shift.known_vendors, shift.unseen_vendor)]
+    ends = [max(0, min(values) - 5), min(100, max(values) + 5)]
+    axis.plot(ends, ends, ":", color=SOFT)
+    axis.set_xlabel("training vendors' drawings, %", fontsize=9)
+    axis.set_title("unseen vendor's drawings, %", loc="left", fontsize=10)
+    axis.legend(frameon=False, fontsize=9)
     return to_svg(figure)

@@ -30,6 +30,7 @@ LIMBER = Layout(
 )
 
 CLIP = Layout("limber_fast.clip_training/1", frozenset({"config", "model", "optimizer", "step", "seconds", "history"}))
+ENCODER = Layout("limber_fast.small_encoder/1", frozenset({"config", "kind", "model"}))
 
 
 class CheckpointError(ValueError):

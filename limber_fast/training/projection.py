@@ -18,6 +18,7 @@ from limber_fast.training.schedule import TimeBudget, warmup_cosine
 
 PROMPT = "A picture of"
 SOFT_PROMPTS = 4
+TUNED_RATE = 0.02  # of the map's learning rate, for the tower
 Watch = Callable[[float, float], None]
 
 
@@ -51,24 +52,50 @@ def spread(features: Tensor, k: int = SOFT_PROMPTS) -> Tensor:
     return blocks.view(n, k, k * width)
 
 
+@torch.no_grad()
+def least_squares(limber: Limber, features: Tensor, drawings: Drawings, penalty: float = 0.3) -> None:
+    """Where P starts: soft prompt j is the ridge regression of the embedding of token j of a drawing's name, whose
+    tokens begin anew behind the last. Of the language model it takes the embeddings alone.
+
+    min sum |P_j x + b - wte[token_j]|^2 + penalty * N * |P_j|^2 over N drawings, for every j in closed form.
+    """
+    embeddings, known = limber.language_model.wte.float(), concepts()
+    tokens = {i: limber.tokenizer(f" {known[i].name}").input_ids for i in set(drawings.concept.tolist())}
+    names = [[tokens[i][j % len(tokens[i])] for j in range(SOFT_PROMPTS)] for i in drawings.concept.tolist()]
+    wanted = embeddings[torch.tensor(names)]  # [N, k, E]
+    bias = wanted.mean((0, 1))  # the prompts share one b
+    n, width = features.shape
+    gram = features.T @ features + penalty * n * torch.eye(width)
+    maps = torch.linalg.solve(gram, features.T @ (wanted - bias).flatten(1))  # [D, k * E]
+    maps = maps.view(width, SOFT_PROMPTS, -1).permute(2, 1, 0)
+    limber.projection.weight.copy_(maps.flatten(1))
+    limber.projection.bias.copy_(bias)
+
+
 def fit_projection(
     limber: Limber, features: Tensor, drawings: Drawings, seconds: float, *, seed: int = 0, batch: int = 64,
-    learning_rate: float = 2e-3, weight_decay: float = 0.1, noise: float = 0.6,
-    clock: Callable[[], float] = time.perf_counter, watch: Watch = lambda fraction, loss: None,
+    learning_rate: float = 2e-3, weight_decay: float = 0.1, noise: float = 0.6, tuned: SmallResNet | None = None,
+    standard: Standardise | None = None, clock: Callable[[], float] = time.perf_counter,
+    watch: Watch = lambda fraction, loss: None,
 ) -> int:  # fmt: skip
-    """AdamW on P and b alone for a time: cross entropy of 'A picture of <name>'; every other parameter is frozen.
+    """P and b from `least_squares`, then AdamW on them alone for a time: cross entropy of 'A picture of <name>'; every
+    other parameter is frozen.
 
     Args:
         features: [N, D] standardised, of `drawings`. noise: standard deviation of what is added to them in every step,
             in the place of augmented drawings, which would have to be encoded anew.
+        tuned: the tower, where it is to be trained with P, at `TUNED_RATE` of its learning rate and with its batch
+            statistics as they are; `standard` is then what standardises its features.
     Returns: steps taken.
     Raises: KeyboardInterrupt after the step in which Ctrl-C came.
     """
-    names = [concept.name for concept in concepts()]
+    captions = [limber.tokenizer(f"{PROMPT} {concept.name}").input_ids for concept in concepts()]
     generator = torch.Generator().manual_seed(seed)
-    nn.init.normal_(limber.projection.weight, 0, 0.02 / features.shape[1] ** 0.5, generator=generator)
-    nn.init.zeros_(limber.projection.bias)
-    optimizer = torch.optim.AdamW(limber.projection.parameters(), learning_rate, (0.9, 0.95), weight_decay=weight_decay)
+    least_squares(limber, features, drawings)
+    groups = [{"params": list(limber.projection.parameters()), "rate": learning_rate}]
+    if tuned is not None:
+        groups.append({"params": list(tuned.requires_grad_().parameters()), "rate": TUNED_RATE * learning_rate})
+    optimizer = torch.optim.AdamW(groups, learning_rate, (0.9, 0.95), weight_decay=weight_decay)
     budget, step, order, mean = TimeBudget(seconds, clock=clock), 0, torch.empty(0, dtype=torch.int64), None
     limber.train()
     with InterruptGuard() as guard:
@@ -77,14 +104,18 @@ def fit_projection(
             if len(order) < batch:
                 order = torch.randperm(len(drawings), generator=generator)
             rows, order = order[:batch], order[batch:]
-            drawn = features[rows] + noise * torch.randn(len(rows), features.shape[1], generator=generator)
-            captions = [f"{PROMPT} {names[i]}" for i in drawings.concept[rows].tolist()]
-            loss = limber(spread(drawn), captions, seed=seed + step)
+            if tuned is None:
+                drawn = features[rows]
+            else:
+                drawn = standard(tuned.grid(drawings.images[rows].float() / 255).flatten(1))
+            drawn = drawn + noise * torch.randn(drawn.shape, generator=generator)
+            named = [captions[i] for i in drawings.concept[rows].tolist()]
+            loss = limber(spread(drawn), named, seed=seed + step)
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(limber.projection.parameters(), 1.0)
+            nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate * warmup_cosine(fraction, 0.08)
+                group["lr"] = group["rate"] * warmup_cosine(fraction, 0.08)
             optimizer.step()
             mean = loss.item() if mean is None else 0.95 * mean + 0.05 * loss.item()
             watch(fraction, mean)

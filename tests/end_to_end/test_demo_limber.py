@@ -8,13 +8,18 @@ import torch
 
 pytest.importorskip("transformers")
 
+from limber_fast import demo_limber, miniature
+from limber_fast.console import Console
 from limber_fast.data.emoji import EmojiDataset, concepts
 from limber_fast.data.emoji_questions import QUESTIONS, answer_of, main_colour
 from limber_fast.evaluation.emoji_limber import BATCH, SHOTS, Benchmark, shuffled
+from limber_fast.models.clip import SmallResNet
 from limber_fast.models.limber import Limber
 from limber_fast.models.small_language_model import small_language_model
+from limber_fast.training import other_encoders
+from limber_fast.training.config import TrainConfig
 from limber_fast.training.drawings import Drawings
-from limber_fast.training.projection import SOFT_PROMPTS, Standardise, fit_projection, spread
+from limber_fast.training.projection import SOFT_PROMPTS, Standardise, fit_projection, least_squares, spread
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +96,93 @@ def test_a_map_fitted_on_naming_names_and_blind_does_not(language_model):
     assert right(features) > 0.5
     assert right(shuffled(features)) < 0.2
     assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_the_map_starts_at_the_least_squares_of_its_names_embeddings(language_model):
+    model, tokenizer = language_model
+    drawings = Drawings.of(EmojiDataset("noto"))[torch.arange(0, 900, 3)]
+    features = torch.randn(300, 24, generator=torch.Generator().manual_seed(0))
+    limber = Limber(None, model, tokenizer, width=SOFT_PROMPTS * 24)
+    least_squares(limber, features, drawings, penalty=0.1)
+    known, embeddings = concepts(), model.wte.double()
+    wanted = []
+    for i in drawings.concept.tolist():
+        tokens = tokenizer(" " + known[i].name).input_ids
+        wanted.append(torch.stack([embeddings[(tokens * SOFT_PROMPTS)[j]] for j in range(SOFT_PROMPTS)]))
+    wanted = torch.stack(wanted)
+    maps = limber.projection.weight.detach().double().unflatten(1, (SOFT_PROMPTS, 24))
+
+    def slope(maps):
+        """Of the penalised squares, which the map has to have none of."""
+        maps = maps.clone().requires_grad_()
+        found = torch.einsum("nd,ekd->nke", features.double(), maps) + limber.projection.bias.double()
+        squares = (found - wanted).square().sum() + 0.1 * 300 * maps.square().sum()
+        return torch.autograd.grad(squares, maps)[0].norm()
+
+    assert slope(maps) < 1e-4 * slope(torch.zeros_like(maps))
+
+
+@pytest.mark.parametrize("kind", [other_encoders.LABELS, other_encoders.PIXELS])
+def test_other_encoders_learn_and_are_not_trained_twice(kind, tmp_path, monkeypatch):
+    drawings, console = Drawings.of(EmojiDataset("noto"))[torch.arange(0, 1200, 50)], Console(quiet=True)
+    ticks, losses = iter(range(1000)), []  # a clock of steps
+    other_encoders.train_encoder(
+        kind, drawings, TrainConfig(minutes=0.5, concepts_per_batch=8), clock=lambda: next(ticks),
+        watch=lambda fraction, loss: losses.append(loss),
+    )  # fmt: skip
+    assert 10 < len(losses) <= 30
+    assert losses[-1] < losses[0]
+
+    config = TrainConfig(minutes=0.002, concepts_per_batch=8)
+    once = miniature.encoder(kind, drawings, config, tmp_path, console)
+    monkeypatch.setattr(other_encoders, "train_encoder", None)
+    again = miniature.encoder(kind, drawings, config, tmp_path, console)
+    assert all(torch.equal(a, b) for a, b in zip(once.state_dict().values(), again.state_dict().values(), strict=True))
+    assert not again.training and not any(p.requires_grad for p in again.parameters())
+    with pytest.raises(TypeError, match="NoneType"):  # of other settings nothing is taken
+        miniature.encoder(kind, drawings, TrainConfig(minutes=0.003, concepts_per_batch=8), tmp_path, console)
+
+
+def test_rows_are_scored_ordered_and_not_asked_again(tmp_path, monkeypatch):
+    """Every row of the table on a few drawings; a second run takes all that was said from its folder."""
+    some = torch.arange(0, 1200, 50)
+    train, test = Drawings.of(EmojiDataset("noto"))[some], Drawings.of(EmojiDataset("fluent-emoji-flat", "all"))[some]
+    benchmark = Benchmark(train, test, asked=4)
+    torch.manual_seed(0)
+    towers = {name: SmallResNet(8, 32, 8).eval() for name in (demo_limber.CLIP, demo_limber.LABELS, demo_limber.PIXELS)}
+    towers[demo_limber.TUNED] = towers[demo_limber.LABELS]
+    before = [p.clone() for p in towers[demo_limber.LABELS].parameters()]
+    fit, console = demo_limber.Fit(seconds=4, seed=0, asked=4), Console(quiet=True)
+    ticks = iter(range(1000))
+    said = demo_limber.Said(tmp_path, fit)
+    found = demo_limber.run(towers, benchmark, fit, said, console, clock=lambda: next(ticks))
+    assert tuple(found.rows) == demo_limber.ORDER
+    assert set(found.steps) == {*towers, demo_limber.RANDOM}
+    assert all(torch.equal(a, b) for a, b in zip(before, towers[demo_limber.LABELS].parameters(), strict=True))
+
+    monkeypatch.setattr(demo_limber, "fit_projection", None)
+    monkeypatch.setattr(Limber, "caption", None)
+    again = demo_limber.run(towers, benchmark, fit, demo_limber.Said(tmp_path, fit), console)
+    assert again.summaries == found.summaries
+    with pytest.raises(TypeError, match="NoneType"):  # of other settings nothing is taken
+        other = demo_limber.Fit(seconds=5, seed=0, asked=4)
+        demo_limber.run(towers, benchmark, other, demo_limber.Said(tmp_path, other), console)
+
+
+def test_an_order_that_did_not_appear_is_named():
+    def row(cider, group=20.0, named=0.0):
+        return {"cider_d": {"mean": cider}, "vqa": {"group": {"0": {"mean": group}}}, "name_seen": {"mean": named}}
+
+    summaries = {"CLIP": row(30, 50, 16), "label-supervised": row(35), "self-supervised": row(10), "random": row(4),
+                 "blind": row(0, 26), "shuffled": row(0), "most frequent answer": row(0)}  # fmt: skip
+    assert demo_limber.missed_orders(summaries) == ["CLIP is not above label-supervised in CIDEr-D: 30.0 against 35.0."]
+    held = {what: ok for what, _, ok in demo_limber.bars(summaries)}
+    assert held == {
+        "group questions, 0 shots: CLIP at least random + 15": True,
+        "blind at most the most frequent answer + 5": False,
+        "shuffled at most the most frequent answer + 5": True,
+        "CIDEr-D: CLIP above label-supervised": False,
+        "CIDEr-D: CLIP above self-supervised": True,
+        "CIDEr-D: CLIP above random": True,
+        "names of seen concepts, exact match: at least 15": True,
+    }
