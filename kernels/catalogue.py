@@ -65,6 +65,8 @@ class Work:
         loop_trips: how often a program runs its main loop: the one with the products, else its only one.
         dtype: operand type of the products: "bf16", "fp16", "tf32", "fp32" (not on the tensor cores), "int8", "fp8".
         outer_trips: how often it runs the loop around that one, for programs that walk over tiles.
+        outermost_trips: how often it runs the loop around that one in turn, for programs that walk over strips of them.
+        imbalance: what the busiest program multiplies over the mean.
     """
 
     shape: str
@@ -75,6 +77,8 @@ class Work:
     loop_trips: int = 1
     dtype: str = "bf16"
     outer_trips: int = 1
+    outermost_trips: int = 1
+    imbalance: float = 1.0
 
 
 def cases(target: str) -> dict[str, list[tuple[Case, Work]]]:

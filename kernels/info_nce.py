@@ -1,10 +1,11 @@
 """Forward of info_nce: row and column log-sum-exp in one pass over tiles of logits that are never stored.
 
 Logits live in base 2: x_ij = scale log2(e) <image_i, text_j>; the bias of the softmax cancels and is left out. A
-program walks over tiles of BLOCK_M x BLOCK_N. A tile's shift is an integer near its maximum: one exponential per
-element serves its row and column sums, and is exact as long as no sum falls below 2^-64; tiles where one does are left
-to `info_nce_redo_kernel`, which takes two. Partial sums (one triple per row or column of a tile) are merged in a fixed
-order: no atomics, the same bits on every run. The positive of a row is never summed with the negatives.
+program walks over strips: tiles of BLOCK_M x BLOCK_N, one below the other, whose column sums it keeps. A strip's shift
+is an integer near the maximum of its first tile: one exponential per element serves row and column sums, and is exact
+as long as none leaves 2^-64 .. 2^64; strips where one does are left to `info_nce_redo_kernel`, which takes two. Partial
+sums (one triple per row of a tile and per column of a strip) are merged in a fixed order: no atomics, the same bits on
+every run. The positive of a row is never summed with the negatives.
 
 FLOP: 2 N (M + K) D. Accumulation: fp32; the last step per row in fp64.
 """
@@ -16,8 +17,8 @@ import triton.language as tl
 
 from limber_fast.kernels.common import LOG2E, column_halves, descriptor, dot_rows, grouped_order, merge_sums
 
-# Sums above this are exact to fp32 under the shared shift: the largest element is about 1.
-LEAST_SUM = tl.constexpr(2.0**-64)
+# Sums within 2^-64 .. 2^64 are exact to fp32 under a shared shift: as `distance` has it.
+FURTHEST = tl.constexpr(64 << 23)
 
 
 @triton.jit
@@ -110,59 +111,86 @@ def store_triple(part, field, at, shift, total, moment, mask):
 
 
 @triton.jit
-def piece_sums(
-    acc, factor, factor_low, shift, col_out, col_field, columns_left,
-    BLOCK_N: tl.constexpr, HAS_COLUMNS: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Row sums and moments of a piece of a tile; its column triples go to col_out. Third: its least live column sum."""
-    x = exponents(acc, factor, factor_low, shift, WIDE)
-    e = tl.exp2(x)
-    moment = e * x
-    least = 1.0
-    if HAS_COLUMNS:
-        columns = tl.arange(0, BLOCK_N)
-        col_sum, col_moment = tl.sum(e, 0), tl.sum(moment, 0)
-        store_triple(col_out, col_field, columns, col_sum * 0 + shift, col_sum, col_moment, columns < columns_left)
-        least = tl.min(tl.where(columns < columns_left, col_sum, 1.0), 0)
-    return tl.sum(e, 1), tl.sum(moment, 1), least
+def no_sums(BLOCK_N: tl.constexpr, KEPT: tl.constexpr):
+    if KEPT == 0:
+        return tl.zeros((BLOCK_N,), tl.float32)
+    else:
+        return tl.zeros((KEPT, 8, BLOCK_N), tl.float32)
 
 
 @triton.jit
-def tile_sums(
-    acc, factor, factor_low, shift, col_out, col_field, columns_left,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PIECES: tl.constexpr, HAS_COLUMNS: tl.constexpr, WIDE: tl.constexpr,
+def column_sums(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEPT: tl.constexpr):
+    """Sums of the columns of [BLOCK_M, BLOCK_N]; with KEPT warps along the rows those of every thread, [KEPT, 8, .]."""
+    if KEPT == 0:
+        return tl.sum(x, 0)
+    else:  # where a tensor core leaves rows: bits 0 to 2 count lanes, bit 3 registers, the next warps
+        return tl.sum(tl.sum(tl.reshape(x, (BLOCK_M // (16 * KEPT), KEPT, 2, 8, BLOCK_N)), 2), 0)
+
+
+@triton.jit
+def piece_sums(
+    acc, factor, factor_low, shift, col_sum, col_moment,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEPT: tl.constexpr, HAS_COLUMNS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """As `piece_sums`, for one piece of the columns after another: fewer exponentials live at once."""
-    if PIECES == 1:
-        return piece_sums(acc, factor, factor_low, shift, col_out, col_field, columns_left, BLOCK_N, HAS_COLUMNS, WIDE)
+    """Row sums and moments of a piece of a tile, and its columns' added to those given."""
+    x = exponents(acc, factor, factor_low, shift, WIDE)
+    e = tl.exp2(x)
+    moment = e * x
+    if HAS_COLUMNS:
+        col_sum += column_sums(e, BLOCK_M, BLOCK_N, KEPT)
+        col_moment += column_sums(moment, BLOCK_M, BLOCK_N, KEPT)
+    return tl.sum(e, 1), tl.sum(moment, 1), col_sum, col_moment
+
+
+@triton.jit
+def distance(total):
+    """How many powers of two lie between a sum and 1, times 2^23; the most for 0, infinity and NaN."""
+    return tl.abs(total.to(tl.int32, bitcast=True) - 0x3F800000)
+
+
+@triton.jit
+def row_distance(total, live, BLOCK_M: tl.constexpr, KEPT: tl.constexpr):
+    """The largest distance of the live rows' sums; with KEPT that of every thread, [KEPT, 8]."""
+    far = tl.where(live, distance(total), 0)
+    if KEPT == 0:
+        return tl.max(far, 0)
     else:
-        HALF: tl.constexpr = BLOCK_N // 2
-        left, right = column_halves(acc, BLOCK_M, BLOCK_N)
-        left_sum, left_moment, left_least = tile_sums(
-            left, factor, factor_low, shift, col_out, col_field, columns_left, BLOCK_M, HALF, PIECES // 2, HAS_COLUMNS,
-            WIDE,
-        )  # fmt: skip
-        right_sum, right_moment, right_least = tile_sums(
-            right, factor, factor_low, shift, col_out + HALF, col_field, columns_left - HALF, BLOCK_M, HALF,
-            PIECES // 2, HAS_COLUMNS, WIDE,
-        )  # fmt: skip
-        return left_sum + right_sum, left_moment + right_moment, tl.minimum(left_least, right_least)
+        return tl.max(tl.max(tl.reshape(far, (BLOCK_M // (16 * KEPT), KEPT, 2, 8)), 2), 0)
+
+
+@triton.jit
+def store_columns(part, field, shift, total, moment, left, BLOCK_N: tl.constexpr, KEPT: tl.constexpr):
+    """Stores the sums of a piece's first `left` columns; the largest distance of one."""
+    if KEPT > 0:
+        total, moment = tl.sum(tl.sum(total, 0), 0), tl.sum(tl.sum(moment, 0), 0)
+    columns = tl.arange(0, BLOCK_N)
+    store_triple(part, field, columns, total * 0 + shift, total, moment, columns < left)
+    return tl.max(tl.where(columns < left, distance(total), 0), 0)
+
+
+@triton.jit
+def tiles_of(first, num_m, STRIP: tl.constexpr):
+    """How many tiles a strip has; known to the compiler where it is one, which leaves no loop over them."""
+    if STRIP == 1:
+        return 1
+    else:
+        return tl.minimum(num_m - first, STRIP)
 
 
 @triton.jit
 def info_nce_fwd_kernel(
     image, text, scale, image_norm, text_norm, labels, image_ids, text_ids, row_part, col_part, redo, positive,
-    row_extra, col_extra, N, M, D, image_stride, text_stride, row0, num_m, num_n, first_part, row_field, col_field,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    row_extra, col_extra, N, M, D, image_stride, text_stride, row0, num_m, num_n, first_part,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STRIP: tl.constexpr,
     HAS_LABELS: tl.constexpr, HAS_IDS: tl.constexpr, HAS_POSITIVE: tl.constexpr, HAS_COLUMNS: tl.constexpr,
-    HAS_EXTRAS: tl.constexpr, NORMALIZE: tl.constexpr, WIDE: tl.constexpr, PIECES: tl.constexpr,
+    HAS_EXTRAS: tl.constexpr, NORMALIZE: tl.constexpr, WIDE: tl.constexpr, PIECES: tl.constexpr, KEPT: tl.constexpr,
     TMA: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Rows row0 .. row0 + num_m BLOCK_M - 1 against all columns.
+    """Rows row0 .. row0 + num_m BLOCK_M - 1 against all columns, by strips: STRIP row blocks of one column block.
 
-    row_part [3, parts, num_m BLOCK_M], part first_part + column block; col_part [3, num_m, num_n BLOCK_N]; strides of
-    the triples' fields: row_field, col_field. redo [num_m, num_n]: 1 where the tile needs two exponentials.
-    positive [N]: the similarity. row_extra, col_extra: (best, sum, number) of the negatives' x, laid out as the parts.
+    row_part [parts, 3, num_m BLOCK_M], part first_part + column block; col_part [strips, 3, num_n BLOCK_N].
+    redo [strips, num_n]: 1 where a strip needs two exponentials. positive [N]: the similarity.
+    row_extra, col_extra: (best, sum, number) of the negatives' x, laid out as the parts.
     """
     factor, factor_low = split_scale(scale)
     flipped = factor < 0
@@ -172,60 +200,96 @@ def info_nce_fwd_kernel(
     nowhere = tl.maximum(-1e18 / factor, -3e38)
     a = descriptor(image, N, D, image_stride, BLOCK_M, BLOCK_K, TMA)
     b = descriptor(text, M, D, text_stride, BLOCK_N, BLOCK_K, TMA)
-    for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
-        pm, pn = grouped_order(tile, num_m, num_n, GROUP)
-        m0, n0 = row0 + pm * BLOCK_M, pn * BLOCK_N
-        acc = tile_dots(
-            a, b, image_norm, text_norm, m0, n0, N, M, D, image_stride, text_stride, BLOCK_M, BLOCK_N, BLOCK_K,
-            NORMALIZE, TMA, EVEN_K, PRECISION, STAGES,
-        )  # fmt: skip
-        rows, columns = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
-        # Most tiles meet no positive and no edge: nothing is masked there. Columns count from the tile's first, which
-        # makes masks of compares with constants; as one mask [BLOCK_M, BLOCK_N] they spilled 119 registers.
-        here_m, here_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-        if flipped:
-            acc = -acc
-        if HAS_POSITIVE:
-            label, meets = labels_within(labels, rows, N, m0, n0, BLOCK_M, BLOCK_N, HAS_LABELS)
-            if HAS_LABELS | meets:
-                is_positive = label[:, None] == here_n[None, :]
-                here = (label >= 0) & (label < BLOCK_N) & (rows < N)
-                own = tl.sum(tl.where(is_positive, acc, 0.0), 1)
-                tl.store(positive + rows, tl.where(flipped, -own, own), mask=here)
-                acc = tl.where(is_positive, nowhere, acc)
-        if HAS_IDS:
-            row_id = tl.load(image_ids + rows, mask=rows < N, other=0)
-            column_id = tl.load(text_ids + columns, mask=columns < M, other=0)
-            acc = tl.where(row_id[:, None] == column_id[None, :], nowhere, acc)
-        if m0 + BLOCK_M > N:
-            acc = tl.where((here_m < N - m0)[:, None], acc, nowhere)
-        if n0 + BLOCK_N > M:
-            acc = tl.where((here_n < M - n0)[None, :], acc, nowhere)
-        shift = tl.floor(tl.max(tl.max(acc, 1), 0) * factor + 0.5)
-        row_at = (first_part + pn).to(tl.int64) * (num_m * BLOCK_M) + pm * BLOCK_M + tl.arange(0, BLOCK_M)
-        col_at = pm.to(tl.int64) * (num_n * BLOCK_N) + n0
-        row_sum, row_moment, least = tile_sums(
-            acc, factor, factor_low, shift, col_part + col_at, col_field, M - n0, BLOCK_M, BLOCK_N, PIECES, HAS_COLUMNS,
-            WIDE,
-        )  # fmt: skip
-        everywhere = rows >= 0
-        store_triple(row_part, row_field, row_at, row_sum * 0 + shift, row_sum, row_moment, everywhere)
-        least = tl.minimum(least, tl.min(tl.where(rows < N, row_sum, 1.0), 0))
-        fits = (least >= LEAST_SUM) & (tl.abs(shift) < 1e6)
-        tl.store(redo + pm.to(tl.int64) * num_n + pn, tl.where(fits, 0, 1).to(tl.int8))
-        if HAS_EXTRAS:
-            negative, _ = live_mask(
-                labels, image_ids, text_ids, rows, columns, N, M, HAS_LABELS, HAS_IDS, HAS_POSITIVE
-            )
-            best = tl.where(negative, acc * factor, float("-inf"))
-            kept = tl.where(negative, acc * factor, 0.0)
-            one = negative.to(tl.float32)
-            store_triple(row_extra, row_field, row_at, tl.max(best, 1), tl.sum(kept, 1), tl.sum(one, 1), everywhere)
-            if HAS_COLUMNS:
-                col_at = pm.to(tl.int64) * (num_n * BLOCK_N) + columns
-                store_triple(
-                    col_extra, col_field, col_at, tl.max(best, 0), tl.sum(kept, 0), tl.sum(one, 0), columns < M
+    strips, row_field, col_field = tl.cdiv(num_m, STRIP), num_m * BLOCK_M, num_n * BLOCK_N
+    PIECE: tl.constexpr = BLOCK_N // PIECES
+    for item in range(tl.program_id(0), strips * num_n, tl.num_programs(0)):
+        at, pn = grouped_order(item, strips, num_n, GROUP)
+        n0, first = pn * BLOCK_N, at * STRIP
+        columns = n0 + tl.arange(0, BLOCK_N)
+        shift = 0.0
+        col_sum, col_moment = no_sums(PIECE, KEPT), no_sums(PIECE, KEPT)
+        if PIECES == 2:
+            right_sum, right_moment = no_sums(PIECE, KEPT), no_sums(PIECE, KEPT)
+        furthest = 0
+        if KEPT > 0:
+            furthest = tl.zeros((KEPT, 8), tl.int32)
+        for tile in range(0, tiles_of(first, num_m, STRIP)):
+            pm = first + tile
+            m0 = row0 + pm * BLOCK_M
+            if KEPT > 0:
+                tl.assume(D > 0)  # else the accumulator is zeroed twice, once for a loop without a trip
+            acc = tile_dots(
+                a, b, image_norm, text_norm, m0, n0, N, M, D, image_stride, text_stride, BLOCK_M, BLOCK_N, BLOCK_K,
+                NORMALIZE, TMA, EVEN_K, PRECISION, STAGES,
+            )  # fmt: skip
+            rows = m0 + tl.arange(0, BLOCK_M)
+            # Most tiles meet no positive and no edge: nothing is masked there. Columns count from the tile's first,
+            # which makes masks of compares with constants; as one mask [BLOCK_M, BLOCK_N] they spilled 119 registers.
+            here_m, here_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+            if flipped:
+                acc = -acc
+            if HAS_POSITIVE:
+                label, meets = labels_within(labels, rows, N, m0, n0, BLOCK_M, BLOCK_N, HAS_LABELS)
+                if HAS_LABELS | meets:
+                    is_positive = label[:, None] == here_n[None, :]
+                    here = (label >= 0) & (label < BLOCK_N) & (rows < N)
+                    own = tl.sum(tl.where(is_positive, acc, 0.0), 1)
+                    tl.store(positive + rows, tl.where(flipped, -own, own), mask=here)
+                    acc = tl.where(is_positive, nowhere, acc)
+            if HAS_IDS:
+                row_id = tl.load(image_ids + rows, mask=rows < N, other=0)
+                column_id = tl.load(text_ids + columns, mask=columns < M, other=0)
+                acc = tl.where(row_id[:, None] == column_id[None, :], nowhere, acc)
+            if m0 + BLOCK_M > N:
+                acc = tl.where((here_m < N - m0)[:, None], acc, nowhere)
+            if n0 + BLOCK_N > M:
+                acc = tl.where((here_n < M - n0)[None, :], acc, nowhere)
+            if tile == 0:
+                shift = tl.floor(tl.max(tl.max(acc, 1), 0) * factor + 0.5)
+            if PIECES == 1:
+                row_sum, row_moment, col_sum, col_moment = piece_sums(
+                    acc, factor, factor_low, shift, col_sum, col_moment, BLOCK_M, BLOCK_N, KEPT, HAS_COLUMNS, WIDE
                 )
+            else:  # one piece of the columns after the other: fewer exponentials live at once
+                left, right = column_halves(acc, BLOCK_M, BLOCK_N)
+                row_sum, row_moment, col_sum, col_moment = piece_sums(
+                    left, factor, factor_low, shift, col_sum, col_moment, BLOCK_M, PIECE, KEPT, HAS_COLUMNS, WIDE
+                )
+                more_sum, more_moment, right_sum, right_moment = piece_sums(
+                    right, factor, factor_low, shift, right_sum, right_moment, BLOCK_M, PIECE, KEPT, HAS_COLUMNS, WIDE
+                )
+                row_sum, row_moment = row_sum + more_sum, row_moment + more_moment
+            row_at = (first_part + pn).to(tl.int64) * (3 * row_field) + pm * BLOCK_M + tl.arange(0, BLOCK_M)
+            store_triple(row_part, row_field, row_at, row_sum * 0 + shift, row_sum, row_moment, None)
+            furthest = tl.maximum(furthest, row_distance(row_sum, rows < N, BLOCK_M, KEPT))
+            if HAS_EXTRAS:
+                negative, _ = live_mask(
+                    labels, image_ids, text_ids, rows, columns, N, M, HAS_LABELS, HAS_IDS, HAS_POSITIVE
+                )
+                best = tl.where(negative, acc * factor, float("-inf"))
+                kept = tl.where(negative, acc * factor, 0.0)
+                one = negative.to(tl.float32)
+                store_triple(
+                    row_extra, row_field, row_at, tl.max(best, 1), tl.sum(kept, 1), tl.sum(one, 1), None
+                )
+                if HAS_COLUMNS:  # a strip is one tile
+                    col_at = pm.to(tl.int64) * (3 * col_field) + columns
+                    store_triple(
+                        col_extra, col_field, col_at, tl.max(best, 0), tl.sum(kept, 0), tl.sum(one, 0), columns < M
+                    )
+        if KEPT > 0:
+            furthest = tl.max(tl.max(furthest, 0), 0)
+        if HAS_COLUMNS:
+            out = col_part + at.to(tl.int64) * (3 * col_field) + n0
+            most = store_columns(out, col_field, shift, col_sum, col_moment, M - n0, PIECE, KEPT)
+            furthest = tl.maximum(furthest, most)
+            if PIECES == 2:
+                most = store_columns(
+                    out + PIECE, col_field, shift, right_sum, right_moment, M - n0 - PIECE, PIECE, KEPT
+                )
+                furthest = tl.maximum(furthest, most)
+        fits = (furthest <= FURTHEST) & (tl.abs(shift) < 1e6)
+        tl.store(redo + at.to(tl.int64) * num_n + pn, tl.where(fits, 0, 1).to(tl.int8))
 
 
 @triton.jit
@@ -241,43 +305,57 @@ def exact_sums(x, AXIS: tl.constexpr):
 @triton.jit
 def info_nce_redo_kernel(
     image, text, scale, image_norm, text_norm, labels, image_ids, text_ids, row_part, col_part, redo,
-    N, M, D, image_stride, text_stride, row0, num_m, num_n, first_part, row_field, col_field,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    N, M, D, image_stride, text_stride, row0, num_m, num_n, first_part,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STRIP: tl.constexpr,
     HAS_LABELS: tl.constexpr, HAS_IDS: tl.constexpr, HAS_POSITIVE: tl.constexpr, HAS_COLUMNS: tl.constexpr,
     NORMALIZE: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The tiles that `info_nce_fwd_kernel` marked, with an exponential per row and one per column. Normally none."""
+    """The strips that `info_nce_fwd_kernel` marked, with an exponential per row and one per column. Normally none."""
     factor = log2_scale(scale).to(tl.float32)
     a = descriptor(image, N, D, image_stride, BLOCK_M, BLOCK_K, TMA)
     b = descriptor(text, M, D, text_stride, BLOCK_N, BLOCK_K, TMA)
-    for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
-        if tl.load(redo + tile) != 0:
-            pm, pn = tile // num_n, tile % num_n
-            m0, n0 = row0 + pm * BLOCK_M, pn * BLOCK_N
-            acc = tile_dots(
-                a, b, image_norm, text_norm, m0, n0, N, M, D, image_stride, text_stride, BLOCK_M, BLOCK_N, BLOCK_K,
-                NORMALIZE, TMA, EVEN_K, PRECISION, STAGES,
-            )  # fmt: skip
-            rows, columns = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
-            negative, _ = live_mask(
-                labels, image_ids, text_ids, rows, columns, N, M, HAS_LABELS, HAS_IDS, HAS_POSITIVE
-            )
-            x = tl.where(negative, acc * factor, float("-inf"))
-            shift, total, moment = exact_sums(x, 1)
-            row_at = (first_part + pn).to(tl.int64) * (num_m * BLOCK_M) + pm * BLOCK_M + tl.arange(0, BLOCK_M)
-            store_triple(row_part, row_field, row_at, shift, total, moment, rows >= 0)
-            if HAS_COLUMNS:
-                shift, total, moment = exact_sums(x, 0)
-                col_at = pm.to(tl.int64) * (num_n * BLOCK_N) + columns
-                store_triple(col_part, col_field, col_at, shift, total, moment, columns < M)
+    row_field, col_field = num_m * BLOCK_M, num_n * BLOCK_N
+    for item in range(tl.program_id(0), tl.cdiv(num_m, STRIP) * num_n, tl.num_programs(0)):
+        if tl.load(redo + item) != 0:
+            at, pn = item // num_n, item % num_n
+            n0, first = pn * BLOCK_N, at * STRIP
+            columns = n0 + tl.arange(0, BLOCK_N)
+            col_at = at.to(tl.int64) * (3 * col_field) + columns
+            for tile in range(0, tiles_of(first, num_m, STRIP)):
+                pm = first + tile
+                m0 = row0 + pm * BLOCK_M
+                tl.assume(D > 0)
+                acc = tile_dots(
+                    a, b, image_norm, text_norm, m0, n0, N, M, D, image_stride, text_stride, BLOCK_M, BLOCK_N, BLOCK_K,
+                    NORMALIZE, TMA, EVEN_K, PRECISION, STAGES,
+                )  # fmt: skip
+                rows = m0 + tl.arange(0, BLOCK_M)
+                negative, _ = live_mask(
+                    labels, image_ids, text_ids, rows, columns, N, M, HAS_LABELS, HAS_IDS, HAS_POSITIVE
+                )
+                x = tl.where(negative, acc * factor, float("-inf"))
+                shift, total, moment = exact_sums(x, 1)
+                row_at = (first_part + pn).to(tl.int64) * (3 * row_field) + pm * BLOCK_M + tl.arange(0, BLOCK_M)
+                store_triple(row_part, row_field, row_at, shift, total, moment, None)
+                if HAS_COLUMNS:
+                    shift, total, moment = exact_sums(x, 0)
+                    if tile > 0:  # kept in memory: beside the accumulator they spill 17 registers
+                        tl.debug_barrier()
+                        shift, total, moment = merge_sums(
+                            tl.load(col_part + col_at, mask=columns < M, other=0.0),
+                            tl.load(col_part + col_field + col_at, mask=columns < M, other=0.0),
+                            tl.load(col_part + 2 * col_field + col_at, mask=columns < M, other=0.0),
+                            shift, total, moment,
+                        )  # fmt: skip
+                    store_triple(col_part, col_field, col_at, shift, total, moment, columns < M)
 
 
 @triton.jit
 def info_nce_merge_kernel(
-    part, extra, state, extra_state, parts, stride, field, extra_field, n, at, size,
+    part, extra, state, extra_state, parts, field, n, at, size,
     FIRST: tl.constexpr, HAS_EXTRAS: tl.constexpr, PLAIN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Merges `parts` partial triples, in order, into the running triples state[:3, at : at + n] of rows (or columns).
+    """Merges part[:parts, :3, :n] in order into the running triples state[:3, at : at + n] of rows (or columns).
 
     PLAIN: the fields are sums of their own (sigmoid). FIRST: there are no running triples yet.
     """
@@ -294,7 +372,7 @@ def info_nce_merge_kernel(
             kept = tl.load(extra_state + size + at + i, mask=mask, other=0.0)
             live = tl.load(extra_state + 2 * size + at + i, mask=mask, other=0.0)
     for p in range(0, parts):
-        here = tl.cast(p, tl.int64) * stride + i
+        here = tl.cast(p, tl.int64) * (3 * field) + i
         other_shift = tl.load(part + here, mask=mask, other=0.0)
         other_total = tl.load(part + field + here, mask=mask, other=0.0)
         other_moment = tl.load(part + 2 * field + here, mask=mask, other=0.0)
@@ -304,8 +382,8 @@ def info_nce_merge_kernel(
             shift, total, moment = merge_sums(shift, total, moment, other_shift, other_total, other_moment)
         if HAS_EXTRAS:
             best = tl.maximum(best, tl.load(extra + here, mask=mask, other=0.0))
-            kept += tl.load(extra + extra_field + here, mask=mask, other=0.0)
-            live += tl.load(extra + 2 * extra_field + here, mask=mask, other=0.0)
+            kept += tl.load(extra + field + here, mask=mask, other=0.0)
+            live += tl.load(extra + 2 * field + here, mask=mask, other=0.0)
     store_triple(state, size, at + i, shift, total, moment, mask)
     if HAS_EXTRAS:
         store_triple(extra_state, size, at + i, best, kept, live, mask)
@@ -374,79 +452,6 @@ def info_nce_finish_kernel(
     tl.store(state + 3 * n + i, loss.to(tl.float32), mask=mask)
     tl.store(state + 4 * n + i, dscale.to(tl.float32), mask=mask)
     tl.store(state + 5 * n + i, uniform.to(tl.float32), mask=mask)
-
-
-@triton.jit
-def softplus_and_slope(y):
-    """log(1 + e^y) and its derivative, both in full relative precision."""
-    e = tl.exp2(-tl.abs(y) * 1.4426950408889634)
-    # log1p(e) = 2 atanh(e / (2 + e)), an odd series that 9 terms carry to fp32 for e <= 1
-    z = e / (2.0 + e)
-    u = z * z
-    p = 2.805277705e-01 * u + 2.799416123e-01
-    p = p * u + 4.002195075e-01
-    p = p * u + 6.666640980e-01
-    p = p * u + 2.0
-    q = 1.0 / (1.0 + e)
-    return tl.maximum(y, 0.0) + z * p, tl.where(y < 0, e * q, q)
-
-
-@triton.jit
-def info_nce_sigmoid_kernel(
-    image, text, scale, bias, image_norm, text_norm, labels, image_ids, text_ids, row_part, positive, row_extra,
-    N, M, D, image_stride, text_stride, row0, num_m, num_n, first_part, row_field,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    HAS_LABELS: tl.constexpr, HAS_IDS: tl.constexpr, HAS_POSITIVE: tl.constexpr, HAS_EXTRAS: tl.constexpr,
-    NORMALIZE: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """The sigmoid variant: row sums of softplus(-z x), and of its derivatives by bias and scale, per tile."""
-    factor = tl.load(scale)
-    offset = tl.load(bias)
-    a = descriptor(image, N, D, image_stride, BLOCK_M, BLOCK_K, TMA)
-    b = descriptor(text, M, D, text_stride, BLOCK_N, BLOCK_K, TMA)
-    for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
-        pm, pn = grouped_order(tile, num_m, num_n, GROUP)
-        m0, n0 = row0 + pm * BLOCK_M, pn * BLOCK_N
-        acc = tile_dots(
-            a, b, image_norm, text_norm, m0, n0, N, M, D, image_stride, text_stride, BLOCK_M, BLOCK_N, BLOCK_K,
-            NORMALIZE, TMA, EVEN_K, PRECISION, STAGES,
-        )  # fmt: skip
-        rows, columns = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
-        here_n = tl.arange(0, BLOCK_N)
-        label, meets = labels_within(labels, rows, N, m0, n0, BLOCK_M, BLOCK_N, HAS_LABELS)
-        y = acc * factor + offset
-        if HAS_POSITIVE & meets:
-            is_positive = label[:, None] == here_n[None, :]
-            here = (label >= 0) & (label < BLOCK_N) & (rows < N)
-            tl.store(positive + rows, tl.sum(tl.where(is_positive, acc, 0.0), 1), mask=here)
-            y = tl.where(is_positive, -y, y)
-        # So far down neither the loss nor its slope is anything.
-        if HAS_IDS:
-            row_id = tl.load(image_ids + rows, mask=rows < N, other=0)
-            column_id = tl.load(text_ids + columns, mask=columns < M, other=0)
-            equal = row_id[:, None] == column_id[None, :]
-            if HAS_POSITIVE:
-                equal = equal & (label[:, None] != here_n[None, :])
-            y = tl.where(equal, -1e18, y)
-        if m0 + BLOCK_M > N:
-            y = tl.where((rows < N)[:, None], y, -1e18)
-        if n0 + BLOCK_N > M:
-            y = tl.where((here_n < M - n0)[None, :], y, -1e18)
-        loss, slope = softplus_and_slope(y)
-        if HAS_POSITIVE & meets:
-            slope = tl.where(label[:, None] == here_n[None, :], -slope, slope)
-        row_at = (first_part + pn).to(tl.int64) * (num_m * BLOCK_M) + pm * BLOCK_M + tl.arange(0, BLOCK_M)
-        everywhere = rows >= 0
-        store_triple(
-            row_part, row_field, row_at, tl.sum(slope, 1), tl.sum(loss, 1), tl.sum(slope * acc, 1), everywhere
-        )
-        if HAS_EXTRAS:
-            negative, _ = live_mask(
-                labels, image_ids, text_ids, rows, columns, N, M, HAS_LABELS, HAS_IDS, HAS_POSITIVE
-            )
-            best = tl.max(tl.where(negative, acc * factor * 1.4426950408889634, float("-inf")), 1)
-            nothing = tl.zeros((BLOCK_M,), tl.float32)
-            store_triple(row_extra, row_field, row_at, best, nothing, nothing, everywhere)
 
 
 @triton.jit

@@ -22,8 +22,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from limber_fast.kernels.common import descriptor, grouped_order
-from limber_fast.kernels.info_nce import exponents, labels_within, live_mask, softplus_and_slope, split_scale, tile_dots
+from limber_fast.kernels.common import column_halves, descriptor, grouped_order
+from limber_fast.kernels.info_nce import exponents, labels_within, live_mask, split_scale, tile_dots
+from limber_fast.kernels.info_nce_sigmoid import softplus_and_slope
 
 # Bits between the largest and the smallest log-sum-exp of a tile that one exponential can serve: 2^-60 .. 2^60 around
 # their middle, and a product of two factors below 2^-120 is no gradient.
@@ -162,36 +163,49 @@ def info_nce_ds_kernel(
 
 @triton.jit
 def product_into(
-    pid, g, x, acc_out, g_rows, g_columns, depth, D, g_stride, x_stride, x_row0, x_rows, out_row0, out_rows, first,
+    pid, g, x, acc_out, g_rows, g_columns, depth, D, g_stride, x_stride, acc_stride, x_row0, x_rows, out_row0, out_rows,
     num_d,
-    TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    FIRST: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """acc_out[out_row0 + ., :] (+)= G x[x_row0 + ., :], or G^T x; one tile [BLOCK_M, BLOCK_D].
 
-    The accumulator starts from acc_out: a second tile of registers in the epilogue spills. G is whole tiles with zeros
-    past the ends, so only x needs its bounds.
+    With TMA L2 adds the tile to acc_out: it passes shared memory once. An element has one writer a launch, so the order
+    of its sums is fixed. Without TMA the accumulator starts from acc_out: a second tile of registers in the epilogue
+    spills. FIRST: acc_out holds nothing yet. G is whole tiles with zeros past the ends, so only x needs its bounds.
     """
+    tl.assume(depth > 0)
     pm, d0 = pid // num_d, (pid % num_d) * BLOCK_D
-    rd, rr, rk = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     out_row = out_row0 + pm * BLOCK_M
-    base = acc_out + out_row.to(tl.int64) * D + d0
-    at = rr[:, None] * D + rd[None, :]
-    mask = (rr < out_rows - out_row)[:, None] & (rd < D - d0)[None, :]
-    acc = tl.load(base + at, mask=mask & (first == 0), other=0.0)
     if TMA:
+        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         x_ = descriptor(x, x_rows, D, x_stride, BLOCK_K, BLOCK_D, TMA)
         if TRANSPOSED:
             g_ = descriptor(g, g_rows, g_columns, g_stride, BLOCK_K, BLOCK_M, TMA)
             for k in tl.range(0, depth, BLOCK_K, num_stages=STAGES):
-                left = g_.load([k, pm * BLOCK_M]).T
-                acc = tl.dot(left, x_.load([x_row0 + k, d0]), acc, input_precision=PRECISION)
+                g_tile = g_.load([k, pm * BLOCK_M]).T
+                acc = tl.dot(g_tile, x_.load([x_row0 + k, d0]), acc, input_precision=PRECISION)
         else:
             g_ = descriptor(g, g_rows, g_columns, g_stride, BLOCK_M, BLOCK_K, TMA)
             for k in tl.range(0, depth, BLOCK_K, num_stages=STAGES):
-                left = g_.load([pm * BLOCK_M, k])
-                acc = tl.dot(left, x_.load([x_row0 + k, d0]), acc, input_precision=PRECISION)
+                g_tile = g_.load([pm * BLOCK_M, k])
+                acc = tl.dot(g_tile, x_.load([x_row0 + k, d0]), acc, input_precision=PRECISION)
+        # By halves: the compiler gives a copy of the whole accumulator memory of its own beside the operands' ring.
+        HALF: tl.constexpr = BLOCK_D // 2
+        left, right = column_halves(acc, BLOCK_M, BLOCK_D)
+        out = descriptor(acc_out, out_rows, D, acc_stride, BLOCK_M, HALF, TMA)
+        if FIRST:
+            out.store([out_row, d0], left)
+            out.store([out_row, d0 + HALF], right)
+        else:
+            out.atomic_add([out_row, d0], left)
+            out.atomic_add([out_row, d0 + HALF], right)
     else:
+        rd, rr, rk = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
+        base = acc_out + out_row.to(tl.int64) * acc_stride + d0
+        at = rr[:, None] * acc_stride + rd[None, :]
+        mask = (rr < out_rows - out_row)[:, None] & (rd < D - d0)[None, :]
+        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32) if FIRST else tl.load(base + at, mask=mask, other=0.0)
         # Masks, not clamped columns: a clamp hides from the compiler that the addresses are contiguous.
         px = x + x_row0.to(tl.int64) * x_stride + d0 + (rk[:, None] * x_stride + rd[None, :])
         if TRANSPOSED:
@@ -205,14 +219,14 @@ def product_into(
             acc = tl.dot(tl.load(pg), right, acc, input_precision=PRECISION)
             pg += step
             px += BLOCK_K * x_stride
-    tl.store(base + at, acc, mask=mask)
+        tl.store(base + at, acc, mask=mask)
 
 
 @triton.jit
 def info_nce_dual_kernel(
-    g, image, text, image_acc, text_acc, N, M, D, image_stride, text_stride, g_stride, row0, column0, acc_row0,
-    acc_rows,
-    num_rows, num_columns, image_items, text_items, first_image, first_text, num_d,
+    g, image, text, image_acc, text_acc, N, M, D, image_stride, text_stride, g_stride, acc_stride, row0, column0,
+    acc_row0, acc_rows, num_rows, num_columns, image_items, text_items, num_d,
+    FIRST_IMAGE: tl.constexpr, FIRST_TEXT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     TMA: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -224,19 +238,19 @@ def info_nce_dual_kernel(
     item = tl.program_id(0)
     if item < image_items:
         product_into(
-            item, g, text, image_acc, num_rows, num_columns, num_columns, D, g_stride, text_stride, column0, M,
-            row0 - acc_row0, acc_rows, first_image, num_d, False, BLOCK_M, BLOCK_D, BLOCK_K, TMA, PRECISION, STAGES,
+            item, g, text, image_acc, num_rows, num_columns, num_columns, D, g_stride, text_stride, acc_stride, column0,
+            M, row0 - acc_row0, acc_rows, num_d, FIRST_IMAGE, False, BLOCK_M, BLOCK_D, BLOCK_K, TMA, PRECISION, STAGES,
         )  # fmt: skip
     else:
         product_into(
             item - image_items, g, image, text_acc, num_rows, num_columns, num_rows, D, g_stride, image_stride,
-            row0, N, column0, M, first_text, num_d, True, BLOCK_M, BLOCK_D, BLOCK_K, TMA, PRECISION, STAGES,
+            acc_stride, row0, N, column0, M, num_d, FIRST_TEXT, True, BLOCK_M, BLOCK_D, BLOCK_K, TMA, PRECISION, STAGES,
         )  # fmt: skip
 
 
 @triton.jit
 def info_nce_gradient_kernel(
-    acc, x, norm, out, scale, unit, norm_unit, n, D, x_stride,
+    acc, x, norm, out, scale, unit, norm_unit, n, D, x_stride, acc_stride,
     NORMALIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """out = scale * unit * acc; through the fused normalisation u = x / |x| it is (g - u <u, g>) / |x|, or g / eps
@@ -255,12 +269,12 @@ def info_nce_gradient_kernel(
             columns = d + tl.arange(0, BLOCK_D)
             mask = live[:, None] & (columns < D)[None, :]
             u = tl.load(x + line * x_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32) / length[:, None]
-            along += tl.sum(tl.load(acc + line * D + columns[None, :], mask=mask, other=0.0) * u, 1)
+            along += tl.sum(tl.load(acc + line * acc_stride + columns[None, :], mask=mask, other=0.0) * u, 1)
         along = tl.where(length == 1e-12, 0.0, along)
     for d in range(0, D, BLOCK_D):
         columns = d + tl.arange(0, BLOCK_D)
         mask = live[:, None] & (columns < D)[None, :]
-        v = tl.load(acc + line * D + columns[None, :], mask=mask, other=0.0)
+        v = tl.load(acc + line * acc_stride + columns[None, :], mask=mask, other=0.0)
         if NORMALIZE:
             u = tl.load(x + line * x_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32) / length[:, None]
             v = (v - u * along[:, None]) / length[:, None]

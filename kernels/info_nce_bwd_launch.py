@@ -26,7 +26,7 @@ def macro_side(
     """Rows and columns of a macro-tile: what fits in the workspace and leaves the fewest multiprocessors idle.
 
     Counted in steps of the products' depth on the busiest multiprocessor: dS takes D / 2 of them a tile, the products
-    their depth; 60 and 176 more go to what surrounds a tile. At D = 768 a fixed 4096 left them idle 27% of the time.
+    their depth; 53 and 51 more go to what surrounds a tile. At D = 768 a fixed 4096 left them idle 27% of the time.
     """
     best = (float("inf"), whole)
     for side in range(min(_SMALLEST_MACRO, triton.cdiv(max(n, m), whole) * whole), WORKSPACE, whole):
@@ -34,7 +34,7 @@ def macro_side(
             break
         blocks = side // whole
         items = 2 * side // dual.BLOCK_M * triton.cdiv(d, dual.BLOCK_N)
-        steps = triton.cdiv(blocks * blocks, sms) * (d // 2 + 60) + triton.cdiv(items, sms) * (side + 176)
+        steps = triton.cdiv(blocks * blocks, sms) * (d // 2 + 53) + triton.cdiv(items, sms) * (side + 51)
         best = min(best, (triton.cdiv(n, side) * triton.cdiv(m, side) * steps, side))
         if side >= max(n, m):
             break
@@ -53,13 +53,14 @@ def info_nce_bwd(
     unit = torch.where(unit > 0, unit, torch.ones_like(unit))
     norm_unit = torch.stack([x.amin() for x in norms.values()]).amin() ** 2 if norms else unit
     direct = call.image.dtype == torch.float32  # the gradient itself accumulates
+    acc_stride = d if direct else triton.cdiv(d, 4) * 4  # a descriptor's rows are whole 16 bytes
 
     wanted = {True: need_text, False: need_extra}
     outputs, sums = [], []
     for columns, is_text in call.sides():
         out = torch.empty_like(columns, memory_format=torch.contiguous_format) if wanted[is_text] else None
         outputs.append(out)
-        sums.append(out if direct or out is None else call.new(*columns.shape))
+        sums.append(out if direct or out is None else call.new(len(columns), acc_stride))
     d_image = torch.empty_like(call.image, memory_format=torch.contiguous_format) if need_image else None
 
     whole = max(ds.BLOCK_M, ds.BLOCK_N, dual.BLOCK_M)
@@ -67,12 +68,12 @@ def info_nce_bwd(
     side = macro_side(n, widest, d, call.image.element_size(), 0 if direct else 4, whole, dual, call.sms)
     tall, wide = (min(side, triton.cdiv(size, whole) * whole) for size in (n, widest))
     g = call.new(tall, wide, dtype=call.image.dtype)
-    block = None if direct or not need_image else call.new(tall, d)
+    block = None if direct or not need_image else call.new(tall, acc_stride)
 
     def gradient(acc: Tensor, x: Tensor, out: Tensor, norm: Tensor) -> None:
         backward.info_nce_gradient_kernel[(triton.cdiv(len(x), 32),)](
-            acc, x, norm, out, call.scale, unit, norm_unit, len(x), d, x.stride(0), NORMALIZE=call.normalize,
-            BLOCK_M=32, BLOCK_D=min(128, triton.next_power_of_2(d)),
+            acc, x, norm, out, call.scale, unit, norm_unit, len(x), d, x.stride(0), acc_stride,
+            NORMALIZE=call.normalize, BLOCK_M=32, BLOCK_D=min(128, triton.next_power_of_2(d)),
         )  # fmt: skip
 
     for row0 in range(0, n, tall):
@@ -92,10 +93,11 @@ def info_nce_bwd(
                 image_acc = unit if d_image is None else d_image if direct else block
                 backward.info_nce_dual_kernel[(image_items + text_items,)](
                     g, call.image, columns, image_acc, unit if out is None else out, n, columns.shape[0], d,
-                    call.image.stride(0), columns.stride(0), wide, row0, column0, 0 if direct else row0,
-                    n if direct else h, h, w, image_items, text_items, int(first_image), int(row0 == 0), num_d,
-                    BLOCK_M=dual.BLOCK_M, BLOCK_D=dual.BLOCK_N, BLOCK_K=dual.BLOCK_K, TMA=call.config.tma,
-                    PRECISION=call.precision, STAGES=dual.stages, num_warps=dual.num_warps, num_stages=dual.stages,
+                    call.image.stride(0), columns.stride(0), wide, acc_stride, row0, column0, 0 if direct else row0,
+                    n if direct else h, h, w, image_items, text_items, num_d,
+                    FIRST_IMAGE=first_image, FIRST_TEXT=row0 == 0, BLOCK_M=dual.BLOCK_M, BLOCK_D=dual.BLOCK_N,
+                    BLOCK_K=dual.BLOCK_K, TMA=call.config.tma, PRECISION=call.precision,
+                    STAGES=dual.stages, num_warps=dual.num_warps, num_stages=dual.stages,
                 )  # fmt: skip
                 first_image = False
         if d_image is not None:

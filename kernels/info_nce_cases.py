@@ -117,7 +117,9 @@ def _name(case: Case, launch: Launch, options: Options, arithmetic: str) -> str:
     parts = [f"{case.name}/{options.name}-{arithmetic}"]
     blocks = [str(c[key]) for key in ("BLOCK_M", "BLOCK_N", "BLOCK_D", "BLOCK_K", "BLOCK") if key in c]
     parts.append(f"{'x'.join(blocks)}w{case.num_warps}")
-    flags = {"SEPARATE": "separate", "HAS_COLUMN": "columns", "FIRST": "first"}
+    flags = {"SEPARATE": "separate", "HAS_COLUMN": "columns", "FIRST": "first",
+             "FIRST_IMAGE": "first_image", "FIRST_TEXT": "first_text"}  # fmt: skip
+    parts += [f"strips{c.get('STRIP')}"] * (c.get("STRIP", 1) > 1)
     parts += [word for flag, word in flags.items() if c.get(flag)]
     parts += ["negatives"] * (options.extra > 0 and c.get("HAS_POSITIVE") is False)
     parts += ["parts/16"] * ("parts" in case.divisible)
@@ -135,16 +137,21 @@ def work(launch: Launch, arithmetic: str) -> Work:
         size = a["image"].element_size()
         tiles, steps = a["num_m"] * a["num_n"], -(-a["D"] // c["BLOCK_K"])
         rows, columns = a["num_m"] * c["BLOCK_M"], a["num_n"] * c["BLOCK_N"]
-        written = 12 * (a["num_n"] * rows + a["num_m"] * columns)
+        strip = c.get("STRIP", 1)
+        strips = -(-a["num_m"] // strip) * a["num_n"]
+        written = 12 * (a["num_n"] * rows + strips * c["BLOCK_N"])
         if kernel == "info_nce_ds_kernel":
             written = rows * columns * size
-        flops, walk = 2.0 * rows * columns * steps * c["BLOCK_K"], -(-tiles // programs)
+        flops, outermost = 2.0 * rows * columns * steps * c["BLOCK_K"], -(-strips // programs)
+        walk = outermost * strip
         trips = walk * steps
         if kernel == "info_nce_redo_kernel" or c.get("SEPARATE"):
-            flops, trips, walk, written = 0.0, 1, 1, tiles  # normally none: the flags are read, or the log-sum-exps
+            # Normally none: the flags are read, or the log-sum-exps.
+            flops, trips, walk, outermost, written = 0.0, 1, 1, 1, strips
         return Work(
             f"N={rows} M={columns} D={a['D']}", flops, (rows + columns) * a["D"] * size * (flops > 0) + written,
             tiles * (c["BLOCK_M"] + c["BLOCK_N"]) * a["D"] * size * (flops > 0), programs, trips, arithmetic, walk,
+            outermost if strip > 1 else 1, max(1.0, walk * programs / tiles) if flops else 1.0,
         )  # fmt: skip
     if kernel == "info_nce_merge_kernel":
         return Work(f"parts={a['parts']} n={a['n']}", 0.0, 12.0 * (a["parts"] + 1) * a["n"], 0.0, programs, a["parts"])

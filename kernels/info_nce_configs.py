@@ -16,7 +16,8 @@ import triton
 class Tiles:
     """One kernel's tile: M x N of the result (for the two products: rows x features), K a step of the reduction.
 
-    `pieces`: the forward's exponentials are taken for one piece of the columns after another.
+    `pieces`: the forward's exponentials are taken for one piece of the columns after another (1 or 2). `kept`: warps
+    along the rows, where every thread keeps its own column sums over a strip of tiles; 0: strips are single tiles.
     """
 
     BLOCK_M: int
@@ -25,6 +26,7 @@ class Tiles:
     num_warps: int
     stages: int
     pieces: int = 1
+    kept: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,14 @@ class Config:
 
 
 _HOPPER_16 = Config(
-    # Four warps and two programs a multiprocessor: 32 rows a warp halve the shuffles of the column sums (19% of the
-    # tensor cores' time at D = 512, 44% of it with eight), and one program's epilogue hides under the other's products.
-    # What surrounds the products of a tile takes 2336 cycles to their 5457 at D = 512, 1496 of them 374 shuffles a
-    # thread. Column sums kept over a strip of tiles would save half of those, for 64 registers that four warps lack.
-    forward=Tiles(128, 128, 64, 4, 3, pieces=2),
+    # Four warps and two programs a multiprocessor: 32 rows a warp halve the shuffles of column sums, and one program's
+    # epilogue hides under the other's products. Around a tile's products, 5328 cycles at D = 512, stand 1312, of them
+    # 1026 of exponentials (the maximum of a strip's first tile is not counted: 160 instructions in 8 tiles). Column
+    # sums of single tiles took 2336: 1496 in 374 shuffles a thread. In one piece a strip's spill 16 registers.
+    forward=Tiles(128, 128, 64, 4, 3, pieces=2, kept=4),
     ds=Tiles(128, 128, 64, 4, 3),
-    # The products' epilogue is their fp32 accumulators' way through shared memory, in and out: 4576 cycles to 43959.
-    # The widest tile halves what L2 must deliver.
+    # The products' epilogue is their fp32 accumulators' way to L2, which adds them up: 1096 cycles to 87918; loaded,
+    # added and stored through shared memory they took 4576. The widest tile halves what L2 must deliver.
     dual=Tiles(128, 256, 64, 8, 4),
     # At 128 x 128 the statistics spill 1724 registers.
     narrow=Tiles(128, 64, 64, 8, 3),

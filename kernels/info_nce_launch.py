@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from limber_fast.kernels import info_nce as forward
+from limber_fast.kernels import info_nce_sigmoid
 from limber_fast.kernels.info_nce_configs import Config, Tiles
 
 WORKSPACE = 64 << 20
@@ -123,6 +124,30 @@ class Call:
         return found
 
 
+# Strips are cut for this many programs, two on each multiprocessor of the chips that have them, however many run: the
+# sums have the same bits on any number.
+PROGRAMS = 264
+STRIPS = (1, 2, 4, 8)  # row blocks
+
+
+def strips_and_bands(num_m: int, num_n: int, lengths: tuple[int, ...], row: float, column: float) -> tuple[int, int]:
+    """Row blocks of a strip and of a band, whose partial sums are within WORKSPACE: the fewest tiles on the busiest
+    program, and 0.15 of one more for the column sums of a strip.
+
+    Args:
+        row, column: bytes of the partial sums of a row block, and of a strip's columns.
+    """
+
+    def plan(strip: int) -> tuple[float, int, int]:
+        fitting = max(1, int(WORKSPACE / (row + column / strip)) // strip * strip)
+        even = triton.cdiv(num_m, triton.cdiv(num_m, fitting))
+        band = min(triton.cdiv(even, strip) * strip, fitting)
+        strips = (triton.cdiv(min(band, num_m - block), strip) for block in range(0, num_m, band))
+        return sum(triton.cdiv(count * num_n, PROGRAMS) for count in strips) * (strip + 0.15), strip, band
+
+    return min(map(plan, lengths))[1:]
+
+
 def info_nce_fwd(call: Call, with_stats: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """States [6, N] and [6, M] as ops/info_nce_op.InfoNceState describes them, and the top-1 flags (or empty)."""
     n, m = call.image.shape[0], call.text.shape[0]
@@ -136,11 +161,15 @@ def info_nce_fwd(call: Call, with_stats: bool) -> tuple[Tensor, Tensor, Tensor, 
     num_m = triton.cdiv(n, tiles.BLOCK_M)
     blocks = [triton.cdiv(columns.shape[0], tiles.BLOCK_N) for columns, _ in call.sides()]
     parts, width = sum(blocks), blocks[0] * tiles.BLOCK_N
-    per_block = 12 * (parts * tiles.BLOCK_M + (width if call.columns else 0)) * (2 if extras else 1)
-    band = max(1, min(num_m, WORKSPACE // per_block))
+    fields = 24 if extras else 12
+    strip, band = strips_and_bands(
+        num_m, blocks[0], STRIPS if tiles.kept and not extras else STRIPS[:1],
+        fields * parts * tiles.BLOCK_M, fields * width if call.columns else 0,
+    )  # fmt: skip
     for block in range(0, num_m, band):
         rows = min(band, num_m - block)
-        _band(call, norms, positive, row, col, row_extra, col_extra, block * tiles.BLOCK_M, rows, blocks, extras)
+        _band(call, norms, positive, row, col, row_extra, col_extra, block * tiles.BLOCK_M, rows, blocks, extras,
+              strip)  # fmt: skip
 
     def finish(state: Tensor, extra: Tensor, flags: Tensor, columns_of: Tensor | None) -> None:
         size = state.shape[1]
@@ -162,46 +191,46 @@ def info_nce_fwd(call: Call, with_stats: bool) -> tuple[Tensor, Tensor, Tensor, 
 
 def _band(
     call: Call, norms: dict[int, Tensor], positive: Tensor, row: Tensor, col: Tensor, row_extra: Tensor,
-    col_extra: Tensor, row0: int, num_m: int, blocks: list[int], extras: bool,
+    col_extra: Tensor, row0: int, num_m: int, blocks: list[int], extras: bool, strip: int,
 ) -> None:  # fmt: skip
     """Rows row0 .. row0 + num_m BLOCK_M - 1 against everything, merged into the running sums."""
     tiles, parts = call.forward_tiles(extras), sum(blocks)
     rows, width = num_m * tiles.BLOCK_M, blocks[0] * tiles.BLOCK_N
-    row_part, col_part = call.new(3, parts, rows), call.new(3, num_m, width if call.columns else 0)
+    strips = triton.cdiv(num_m, strip)
+    row_part, col_part = call.new(parts, 3, rows), call.new(strips, 3, width if call.columns else 0)
     row_more, col_more = (x.new_empty(x.shape if extras else (0,)) for x in (row_part, col_part))
-    fields = {"row_field": parts * rows}
     first = 0
     for (columns, is_text), num_n in zip(call.sides(), blocks, strict=True):
-        where = {"row0": row0, "num_m": num_m, "num_n": num_n, "first_part": first, **fields}
+        where = {"row0": row0, "num_m": num_m, "num_n": num_n, "first_part": first}
         common = {**call.towers(columns, norms), **call.selectors(), **call.flags(is_text), **where}
         common["row_part"] = row_part
         product = call.product(tiles)
         grid = call.grid(num_m * num_n)
         if call.sigmoid:
-            forward.info_nce_sigmoid_kernel[grid](
+            info_nce_sigmoid.info_nce_sigmoid_kernel[grid](
                 **common, bias=call.bias, positive=positive, row_extra=row_more, GROUP=call.config.group,
                 HAS_EXTRAS=extras, **product,
             )  # fmt: skip
         else:
-            redo = call.new(num_m * num_n, dtype=torch.int8)
-            side = {"col_part": col_part, "col_field": num_m * width, "HAS_COLUMNS": call.columns and is_text,
-                    "redo": redo}  # fmt: skip
+            redo = call.new(strips * num_n, dtype=torch.int8)
+            side = {"col_part": col_part, "HAS_COLUMNS": call.columns and is_text, "redo": redo, "STRIP": strip}
+            # Of 8 row blocks 4 strips: 66 column blocks at once, whose operands L2 holds while strips go down.
+            grid, group = call.grid(strips * num_n), max(1, min(call.config.group, 32 // strip))
             forward.info_nce_fwd_kernel[grid](
-                **common, **side, positive=positive, row_extra=row_more, col_extra=col_more, GROUP=call.config.group,
-                HAS_EXTRAS=extras, WIDE=call.image.dtype == torch.float32, PIECES=tiles.pieces, **product,
+                **common, **side, positive=positive, row_extra=row_more, col_extra=col_more, GROUP=group,
+                HAS_EXTRAS=extras, WIDE=call.image.dtype == torch.float32, PIECES=tiles.pieces,
+                KEPT=tiles.kept, **product,
             )  # fmt: skip
             forward.info_nce_redo_kernel[grid](**common, **side, **product | {"num_warps": 8})
         first += num_n
 
-    def merge(
-        part: Tensor, more: Tensor, state: Tensor, extra: Tensor, count: int, stride: int, at: int, n: int
-    ) -> None:
+    def merge(part: Tensor, more: Tensor, state: Tensor, extra: Tensor, at: int, n: int) -> None:
         forward.info_nce_merge_kernel[(triton.cdiv(n, 128),)](
-            part, more, state, extra if extras else state, count, stride, count * stride, count * stride, n, at,
-            state.shape[1], FIRST=state is row or row0 == 0, HAS_EXTRAS=extras, PLAIN=call.sigmoid, BLOCK=128,
+            part, more, state, extra if extras else state, len(part), part.shape[2], n, at, state.shape[1],
+            FIRST=state is row or row0 == 0, HAS_EXTRAS=extras, PLAIN=call.sigmoid, BLOCK=128,
         )  # fmt: skip
 
     live = min(rows, call.image.shape[0] - row0)
-    merge(row_part, row_more, row, row_extra, parts, rows, row0, live)
+    merge(row_part, row_more, row, row_extra, row0, live)
     if call.columns:
-        merge(col_part, col_more, col, col_extra, num_m, width, 0, call.text.shape[0])
+        merge(col_part, col_more, col, col_extra, 0, call.text.shape[0])

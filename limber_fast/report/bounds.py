@@ -5,8 +5,8 @@ Per launch, the largest of
     DRAM, L2       bytes / bandwidth
     MUFU, FP32, ALU, shared memory    instructions of the busiest SM x 32 lanes / lanes per cycle / clock
     issue          all its instructions / 4 per cycle / clock
-Instructions are read from the code: the main loop's once per trip, those of a loop around it once per outer trip, the
-others once, and of branches the way with the fewest instructions.
+Instructions are read from the code: the main loop's once per trip, those of a loop around it once per trip of its own,
+the others once, and of branches the way with the fewest instructions.
 
 Bytes asked of the L2 cache are priced at the SMs' own ports to it, which all of them pass. What the cache itself
 delivers is less, by nobody knows how much: from sm_90 on a coalescer before it merges reads of several SMs for the same
@@ -65,7 +65,7 @@ def bound(build: Build, work: Work, chip: Chip) -> Bound:
     share = math.ceil(work.programs / chip.sms)  # a program does not leave its SM
     main, around = _cycles(build, work, chip)
     seconds = {pipe: share * (main[pipe] + around[pipe]) / chip.clock.value for pipe in main}
-    flops = work.flops / work.programs * share * chip.sms
+    flops = work.flops / work.programs * work.imbalance * share * chip.sms
     if work.dtype in TENSOR_SPEED:
         seconds["tensor"] = flops / (chip.tensor.value * TENSOR_SPEED[work.dtype])
     else:
@@ -88,7 +88,8 @@ def _cycles(build: Build, work: Work, chip: Chip) -> tuple[dict[str, float], dic
     }
     main, around = (dict.fromkeys((*lanes, "issue"), 0.0) for _ in range(2))
     for cycles, instructions, times in (
-        (main, code.main, _trips(build, work, code)), (around, code.around, work.outer_trips), (around, code.once, 1),
+        (main, code.main, _trips(build, work, code)), (around, code.around, work.outer_trips),
+        (around, code.beyond, work.outermost_trips), (around, code.once, 1),
     ):  # fmt: skip
         for one in instructions:
             cycles["issue"] += times * warps / ISSUE_PER_CYCLE
@@ -105,6 +106,7 @@ def _trips(build: Build, work: Work, code: sass.Sections) -> float:
         return work.loop_trips
     elsewhere = warps * (
         work.outer_trips * sum(one.product_flops() for one in code.around)
+        + work.outermost_trips * sum(one.product_flops() for one in code.beyond)
         + sum(one.product_flops() for one in code.once)
     )
     return max(work.flops / work.programs - elsewhere, 0.0) / per_trip

@@ -15,6 +15,7 @@ from unittest import mock
 import numpy as np
 import torch
 import triton.language as tl
+from triton._C.libtriton import ir
 from triton.runtime import interpreter as stock
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -39,6 +40,8 @@ def repaired() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for owner, name, replacement in replacements:
             stack.enter_context(mock.patch.object(owner, name, replacement))
+        reduction = mock.patch.object(InterpreterBuilder, "create_descriptor_reduce", _descriptor_reduce, create=True)
+        stack.enter_context(reduction)
         # The stock class has no constants of these types: tl.full((N,), 1.5, tl.bfloat16) fails without.
         for dtype in NARROW:
             replacement = mock.patch.object(InterpreterBuilder, f"get_{dtype.name}", _constant(dtype), create=True)
@@ -143,6 +146,17 @@ def _atomic(method: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
         return method(self, operation, pointer, value, *rest)
 
     return run
+
+
+def _descriptor_reduce(
+    self: InterpreterBuilder, kind: Any, descriptor: Any, value: TensorHandle, indices: list[TensorHandle]
+) -> TensorHandle:
+    """tensor_descriptor.atomic_add, which the stock class lacks."""
+    if kind != ir.DESCRIPTOR_REDUCE_KIND.ADD or _scalar(value) != tl.float32:
+        raise NotImplementedError(f"the interpreter only adds fp32 by descriptor, not {kind} of {_scalar(value)}")
+    pointers, inside = descriptor.materialize_pointers(indices)
+    how = ir.MEM_SEMANTIC.RELAXED, ir.MEM_SYNC_SCOPE.GPU
+    return self.create_atomic_rmw(ir.ATOMIC_OP.FADD, pointers, value, inside, *how)
 
 
 def _reduced(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -64,12 +64,15 @@ def descriptor_matmul_kernel(
 
 
 @triton.jit
-def overlapping_store_kernel(x, out, M, N, STEP: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows of `out` by descriptor; a STEP below BLOCK writes some from two programs."""
+def overlapping_store_kernel(x, out, M, N, STEP: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr = False):
+    """Rows of `out` by descriptor, stored or added; a STEP below BLOCK writes some from two programs."""
     source = tl.make_tensor_descriptor(x, [M, N], [N, 1], [BLOCK, BLOCK])
     target = tl.make_tensor_descriptor(out, [M, N], [N, 1], [BLOCK, BLOCK])
     row = tl.program_id(0) * STEP
-    target.store([row, 0], source.load([row, 0]))
+    if ADD:
+        target.atomic_add([row, 0], source.load([row, 0]))
+    else:
+        target.store([row, 0], source.load([row, 0]))
 
 
 @triton.jit

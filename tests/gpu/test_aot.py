@@ -124,6 +124,22 @@ def test_loop_around_the_main_loop_is_found():
     assert sass.histogram(code.once) == {"MOV": 1, "EXIT": 1}
 
 
+def test_loops_around_the_main_loop_count_by_themselves():
+    """The loop around it, which has two ways back, and the one around that; the program ends at its first exit."""
+    products = ["HMMA.16816.F32 R0, R4"] * 6
+    code = sass.sections(
+        listing(
+            "MOV R1, R2", "MUFU.EX2 R1, R1", "FMUL R1, R1, R2", *products, "@P0 BRA 0x30", "@P1 BRA 0x20",
+            "@P2 BRA 0x20", "FADD R1, R1, R2", "@P3 BRA 0x10", "EXIT", *["SHFL R1, R2"] * 9, "EXIT",
+        ),
+        ("HMMA",),
+    )  # fmt: skip
+    assert sass.histogram(code.main) == {"HMMA": 6, "BRA": 1}
+    assert sass.histogram(code.around) == {"FMUL": 1, "BRA": 1}
+    assert sass.histogram(code.beyond) == {"MUFU": 1, "BRA": 2, "FADD": 1}
+    assert sass.histogram(code.once) == {"MOV": 1, "EXIT": 1}
+
+
 def test_branches_are_taken_past_what_they_skip():
     """But not past the main loop; a predicate among the operands makes a branch a choice, too."""
     code = listing(

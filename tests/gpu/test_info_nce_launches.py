@@ -9,6 +9,7 @@ from limber_fast.backends.triton import device
 from limber_fast.kernels import info_nce_cases
 from limber_fast.kernels.info_nce_bwd_launch import WORKSPACE, macro_side
 from limber_fast.kernels.info_nce_configs import Tiles
+from limber_fast.kernels.info_nce_launch import PROGRAMS, STRIPS, strips_and_bands
 
 
 @pytest.mark.parametrize("target", info_nce_cases.TARGETS)
@@ -36,6 +37,19 @@ def test_macro_tiles_fit_and_fill_the_chip(n, m, d):
     if n == m == 32768:
         items = 2 * side // tiles.BLOCK_M * (d // tiles.BLOCK_N)
         assert items / (-(-items // sms) * sms) > 0.95
+
+
+@pytest.mark.parametrize("rows", [1, 2, 37, 256, 2048])
+def test_strips_and_bands_fit_and_are_even(rows):
+    """Partial sums within the workspace; at most 5% of the last strips' programs idle where the rows are many."""
+    row = column = 12.0 * 128 * rows
+    strip, band = strips_and_bands(rows, rows, STRIPS, row, column)
+    assert strip in STRIPS and 0 < band <= rows + strip and (band % strip == 0 or band >= rows)
+    assert band * row + -(-band // strip) * column <= max(WORKSPACE, row + column)
+    if rows >= 256:
+        starts = range(0, rows, band)
+        busiest = sum(-(-(-(-min(band, rows - start) // strip) * rows) // PROGRAMS) * strip for start in starts)
+        assert strip > 1 and rows * rows / PROGRAMS / busiest > 0.95
 
 
 @pytest.mark.parametrize("target", info_nce_cases.TARGETS)

@@ -7,6 +7,7 @@ import torch
 
 from gpu import samples
 from gpu.interpret import Violation, checked, interpreted
+from gpu.launching import executed
 
 
 def run(kernel, grid, *arguments, **constants) -> None:
@@ -76,6 +77,18 @@ def test_descriptors_are_watched():
         run(samples.overlapping_store_kernel, (2,), x, out, 32, 16, STEP=8, BLOCK=16)
     with pytest.raises(Violation, match="out of bounds: store"):  # the descriptor claims more rows than there are
         run(samples.overlapping_store_kernel, (2,), x, out[:20], 32, 16, STEP=16, BLOCK=16)
+
+
+def test_sums_by_descriptor_may_overlap():
+    """As on a GPU: one addition after the other, none past the ends."""
+    x, start = torch.randn(20, 16), torch.randn(20, 16)
+    interpreted_sum, executed_sum = start.clone(), start.clone()
+    run(samples.overlapping_store_kernel, (2,), x, interpreted_sum, 20, 16, STEP=8, BLOCK=16, ADD=True)
+    with executed("sm_90"):
+        samples.overlapping_store_kernel[(2,)](x, executed_sum, 20, 16, STEP=8, BLOCK=16, ADD=True)
+    expected = start + x
+    expected[8:16] += x[8:16]
+    assert torch.equal(interpreted_sum, expected) and torch.equal(executed_sum, expected)
 
 
 def test_gradient_of_nothing_may_be_touched():

@@ -2,6 +2,8 @@
 
 The check is that of the kernels' own tests: the public op, forward and backward, against float64, its outputs full of
 NaN beforehand, here also with the executor's traps for races. Every mutant is one changed line of one kernel.
+
+Last seen: info_nce_dual_kernel on sm_90 92% of 38, from 81% before towers had gaps between their rows.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from gpu.launching import send_to_triton
 from gpu.ptx.mutate import Score, mutation_score
 from gpu.replay import recorded, replayed
 from limber_fast import frozen_cross_entropy, info_nce, int8_linear, project_concat
-from limber_fast.kernels import frozen_cross_entropy_launch
+from limber_fast.kernels import frozen_cross_entropy_launch, info_nce_launch
 from limber_fast.reference.frozen_cross_entropy import frozen_cross_entropy as frozen_cross_entropy_reference
 from limber_fast.reference.info_nce import info_nce as info_nce_reference
 from limber_fast.reference.int8_linear import int8_linear as int8_linear_reference
@@ -96,7 +98,8 @@ def _head(**call: Any) -> Problem:
 
 PROBLEMS = {
     "info_nce": [
-        _towers(shape=(130, 130, 72)),
+        # Nothing may be read between the towers' rows.
+        _towers(shape=(130, 130, 72), gap=8),
         # The losses are so small that the last digits of every logarithm show.
         _towers(data="converged", shape=(130, 130, 72)),
         # Tiles done over: the zeros past the ends would be large, one tile's only element is a positive. Then maxima
@@ -207,6 +210,7 @@ def test_a_replay_takes_from_the_record_what_no_change_reaches(monkeypatch, pois
 def test_every_kernel_of_an_op(op, target, monkeypatch, poisoned):
     send_to_triton(monkeypatch, op, target, programs=PROGRAMS[op])
     monkeypatch.setattr(frozen_cross_entropy_launch, "HELD", 1)  # the smallest chunks
+    monkeypatch.setattr(info_nce_launch, "PROGRAMS", 1)  # strips of several tiles
     check = Check(op, target)
     assert all(error < 2e-2 for sound in check.sound for error in sound.errors)
     scores = {}

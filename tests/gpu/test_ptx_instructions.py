@@ -89,6 +89,8 @@ def test_fma_rounds_once():
         ("mul.hi.s32", lambda a, b: a * b >> 32),
         ("min.s32", min),
         ("max.s32", max),
+        ("min.relu.s32", lambda a, b: max(min(a, b), 0)),
+        ("max.relu.s32", lambda a, b: max(a, b, 0)),
         ("div.s32", lambda a, b: int(a / b)),
         ("rem.s32", lambda a, b: math.fmod(a, b)),
         ("and.b32", lambda a, b: a & b),

@@ -40,6 +40,14 @@ def test_out_of_bounds():
         run_case(case, "sm_80", (1,), {"x": both[:100], "out": both[1000:1100], "n": 100})
 
 
+def test_between_rows():
+    """Of a matrix that is part of a wider one."""
+    matrix = torch.zeros(4, 8)[:, :6]
+    run_by_hand("ld.global.v2.b32 {%r1, %r2}, [%d0+48];", [matrix])
+    with pytest.raises(PtxTrap, match="access of 8 bytes past the 24 of a row of tensor 0"):
+        run_by_hand("ld.global.v2.b32 {%r1, %r2}, [%d0+24];", [matrix])
+
+
 def test_misaligned_access():
     with pytest.raises(PtxTrap, match="misaligned access: 8 bytes"):
         run_by_hand("ld.global.v2.b32 {%r1, %r2}, [%d0+4];", [torch.zeros(8)])

@@ -70,11 +70,15 @@ def histogram(instructions: Sequence[Instruction]) -> Counter[str]:
 
 @dataclass(frozen=True)
 class Sections:
-    """A kernel's code by how often a program runs it: the main loop, the loop around it if any, and the rest."""
+    """A kernel's code by how often a program runs it: the main loop, the loop around it, the one around that, the rest.
+
+    Each without the loops within it; empty where there is none.
+    """
 
     main: tuple[Instruction, ...]
     around: tuple[Instruction, ...]
     once: tuple[Instruction, ...]
+    beyond: tuple[Instruction, ...] = ()
 
 
 def sections(instructions: Sequence[Instruction], tensor_opcodes: Sequence[str], idle: bool = False) -> Sections:
@@ -99,11 +103,15 @@ def sections(instructions: Sequence[Instruction], tensor_opcodes: Sequence[str],
     inner = [body for body in loops if not any(products(one) and _within(body, one) for one in loops)] or loops
     most = max(map(products, inner))
     main = min((body for body in inner if products(body) == most), key=len)
-    enclosing = [body for body in loops if _within(body, main)] if most else []
-    outer = min(enclosing, key=len, default=main)
+    enclosing = sorted((body for body in loops if most and _within(body, main)), key=len)
+    outer = enclosing[0] if enclosing else main
+    # A loop that begins where `outer` does is the same one by another way back.
+    outermost = next((body for body in enclosing if body[0].address < outer[0].address), outer)
+    once = _ways_past(code, outermost, exits=True)
     if idle and outer is not main:
-        return Sections((), shortest_way(outer), _ways_past(code, outer))
-    return Sections(main, _ways_past(outer, main), _ways_past(code, outer))
+        return Sections((), shortest_way(outermost), once)
+    beyond = _ways_past(outermost, outer) if outermost is not outer else ()
+    return Sections(main, _ways_past(outer, main), once, beyond)
 
 
 def _in_line(instructions: Sequence[Instruction]) -> tuple[Instruction, ...]:
@@ -114,8 +122,8 @@ def _in_line(instructions: Sequence[Instruction]) -> tuple[Instruction, ...]:
     return tuple(instructions[: end + 1])
 
 
-def shortest_way(code: Sequence[Instruction]) -> tuple[Instruction, ...]:
-    """From the first instruction to the last along forward branches, with the fewest instructions on it."""
+def shortest_way(code: Sequence[Instruction], exits: bool = False) -> tuple[Instruction, ...]:
+    """From the first instruction to the last, with `exits` or to any exit, along forward branches: the fewest."""
     if not code:
         return ()
     place = {one.address: i for i, one in enumerate(code)}
@@ -127,19 +135,23 @@ def shortest_way(code: Sequence[Instruction]) -> tuple[Instruction, ...]:
         for after in (i + 1 if one.falls_through else -1, target):
             if after > i and length < best[after][0]:
                 best[after] = (length, i)
-    if best[-1][0] == math.inf:
+    ends = [i for i, one in enumerate(code) if exits and one.opcode == "EXIT" and not one.falls_through]
+    end = min((*ends, len(code) - 1), key=lambda i: best[i][0])
+    if best[end][0] == math.inf:
         return tuple(code)
-    way, i = [], len(code) - 1
+    way, i = [], end
     while i >= 0:
         way.append(code[i])
         i = best[i][1]
     return tuple(reversed(way))
 
 
-def _ways_past(code: Sequence[Instruction], part: Sequence[Instruction]) -> tuple[Instruction, ...]:
+def _ways_past(
+    code: Sequence[Instruction], part: Sequence[Instruction], exits: bool = False
+) -> tuple[Instruction, ...]:
     """The shortest ways from the start of `code` to `part` and from there to its end, without `part` itself."""
     start, end = (next(i for i, one in enumerate(code) if one.address == part[at].address) for at in (0, -1))
-    return shortest_way(code[: start + 1])[:-1] + shortest_way(code[end:])[1:]
+    return shortest_way(code[: start + 1])[:-1] + shortest_way(code[end:], exits)[1:]
 
 
 def _within(outer: Sequence[Instruction], inner: Sequence[Instruction]) -> bool:

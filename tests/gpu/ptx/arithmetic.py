@@ -112,9 +112,10 @@ def fused_multiply_add(x: Array, y: Array, z: Array) -> Array:
 
 
 def _extreme(m: Machine, ins: Instruction, ignoring: np.ufunc, spreading: np.ufunc) -> None:
-    refuse(ins, "xorsign", "relu")
+    relu = "relu" in ins.modifiers and not ins.type.is_float  # negative results become 0
+    refuse(ins, "xorsign", *(() if relu else ("relu",)))
     numbers = ignoring if ins.type.is_float and "NaN" not in ins.modifiers else spreading
-    apply(m, ins, numbers, 2)
+    apply(m, ins, (lambda x, y: np.maximum(numbers(x, y), 0)) if relu else numbers, 2)
 
 
 @opcode("min")

@@ -31,14 +31,25 @@ def repeated(byte: int, width: int) -> np.generic:
 
 
 class Region:
-    """The bytes of one tensor. `start` and `end` bound what may be accessed; the array starts on a 16-byte line."""
+    """The bytes of one tensor. `start` and `end` bound what may be accessed; the array starts on a 16-byte line.
 
-    def __init__(self, start: int, end: int, owner: object, name: str) -> None:
-        self.start, self.end, self.name, self.owner = start, end, name, owner
+    Of a matrix whose rows lie apart, `row` bytes from one to the next, only the first `width` bytes of each.
+    """
+
+    def __init__(self, start: int, end: int, owner: object, name: str, row: int = 1, width: int = 1) -> None:
+        self.start, self.end, self.name, self.owner, self.row, self.width = start, end, name, owner, row, width
         self.base = start & ~15
         size = -(-(end - self.base) // 16) * 16
         raw = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.base))
         self.views = {width: raw.view(kind) for width, kind in UNSIGNED.items()}
+
+    def check_gaps(self, addresses: Array, size: int) -> None:
+        """Trap where an access lies between two rows."""
+        if self.row == self.width:
+            return
+        at = (addresses - np.uint64(self.start)) % np.uint64(self.row)
+        if (at + np.uint64(size) > self.width).any():
+            raise PtxTrap(f"access of {size} bytes past the {self.width} of a row of {self.name}")
 
 
 def tensor_region(tensor: torch.Tensor, name: str) -> Region | None:
@@ -48,7 +59,9 @@ def tensor_region(tensor: torch.Tensor, name: str) -> Region | None:
         raise ValueError(f"execute: {name} has a negative stride")
     elements = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     start = tensor.data_ptr()
-    return Region(start, start + elements * tensor.element_size(), tensor, name)
+    size, rows = tensor.element_size(), tensor.dim() == 2 and len(tensor) > 1 and tensor.stride(1) == 1
+    gaps = (tensor.stride(0) * size, tensor.shape[1] * size) if rows and tensor.stride(0) > tensor.shape[1] else ()
+    return Region(start, start + elements * size, tensor, name, *gaps)
 
 
 class GlobalMemory:
@@ -63,11 +76,13 @@ class GlobalMemory:
         low, high = int(addresses.min()), int(addresses.max()) + size
         for region in self.regions:
             if region.start <= low and high <= region.end:
+                region.check_gaps(addresses, size)
                 return [(region, slice(None))]
         left, parts = np.ones(addresses.shape, bool), []
         for region in self.regions:
             inside = left & (addresses >= region.start) & (addresses <= max(region.end - size, 0))
             if inside.any():
+                region.check_gaps(addresses[inside], size)
                 parts.append((region, np.flatnonzero(inside)))
                 left &= ~inside
         if left.any():

@@ -26,7 +26,7 @@ def opcode(*names: str) -> Callable[[Handler], Handler]:
 
 
 def find_handler(instruction: Instruction) -> Handler:
-    for length in range(min(4, len(instruction.parts)), 0, -1):
+    for length in range(min(5, len(instruction.parts)), 0, -1):
         handler = HANDLERS.get(".".join(instruction.parts[:length]))
         if handler:
             return handler

@@ -246,7 +246,16 @@ def _load_box(m: Machine, ins: Instruction, lane: int) -> None:
     barrier.copies.append(land)
 
 
-REDUCTIONS = {"add": np.add, "min": np.minimum, "max": np.maximum}
+def _add(x: Array, y: Array) -> Array:
+    """The addition in L2 flushes subnormal fp32 to zeros of their sign."""
+    return _flush(_flush(x) + _flush(y))
+
+
+def _flush(x: Array) -> Array:
+    return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.copysign(0, x), x) if x.dtype == np.float32 else x
+
+
+REDUCTIONS = {"add": _add, "min": np.minimum, "max": np.maximum}
 
 
 def _store_box(m: Machine, lane: int, target: TensorAddress, source: Address, name: str | None) -> None:
