@@ -148,6 +148,7 @@ def test_rows_are_scored_ordered_and_not_asked_again(tmp_path, monkeypatch):
     some = torch.arange(0, 1200, 50)
     train, test = Drawings.of(EmojiDataset("noto"))[some], Drawings.of(EmojiDataset("fluent-emoji-flat", "all"))[some]
     benchmark = Benchmark(train, test, asked=4)
+    benchmark.asked = benchmark.asked[:1]
     torch.manual_seed(0)
     towers = {name: SmallResNet(8, 32, 8).eval() for name in (demo_limber.CLIP, demo_limber.LABELS, demo_limber.PIXELS)}
     towers[demo_limber.TUNED] = towers[demo_limber.LABELS]
