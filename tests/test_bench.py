@@ -42,7 +42,8 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("LIMBER_FAST_")}
+    # Of pytest's own: as a worker of pytest-xdist it would not time.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("LIMBER_FAST_", "PYTEST_"))}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, timeout=300, env=environment, check=False
