@@ -58,12 +58,12 @@ class InfoNceBackward {
     // A step of some milliseconds is bound by what a core reads of the other's L2. Shared out evenly, a thread
     // multiplies the panels that it packed: 8 to 14% at N = 256 to 1024. Longer ones give a slow core less.
     const auto sharing = p.N * (p.M + p.K) <= (int64_t(1) << 31) / p.D ? omp_sched_static : omp_sched_dynamic;
-    const int64_t width = super * cols.NB, mb_max = high;
+    const int64_t width = super * cols.NB;
     Buffer<float> norms(p.normalize ? p.N + p.M + p.K : 0), text_t(recompute ? width * Kd : 0),
-        text_n(want_rows ? dwords<Op>(width) * Dp : 0), image_t(recompute ? mb_max * Kd : 0);
-    Buffer<float> image_n(want_cols ? dwords<Op>(mb_max) * Dp : 0), ds(mb_max * LDN + NR),
-        ds_pairs(P == 2 && want_cols ? (mb_max / 2) * LDP + NR : 0);
-    Buffer<float> row_acc(want_rows && !direct ? (halved ? mb_max : std::min(open_rows, p.N)) * p.D : 0),
+        text_n(want_rows ? dwords<Op>(width) * Dp : 0), image_t(recompute ? high * Kd : 0);
+    Buffer<float> image_n(want_cols ? dwords<Op>(high) * Dp : 0), ds(high * LDN + NR),
+        ds_pairs(P == 2 && want_cols ? (high / 2) * LDP + NR : 0);
+    Buffer<float> row_acc(want_rows && !direct ? (halved ? high : std::min(open_rows, p.N)) * p.D : 0),
         col_acc(want_cols && !direct ? width * p.D : 0);
     Buffer<float> scratch(p.threads * per_thread());
     Buffer<uint16_t> lower_halves(halved ? p.N * p.D : 0);
@@ -127,7 +127,7 @@ class InfoNceBackward {
                 if constexpr (P == 2)
                   round_strip(out, (int)std::min<int64_t>(MR, mb - i), nb, ds + i * LDN,
                               want_cols ? ds_pairs + (Op::TILES ? i * MR / 2 * PARTS : i / 2 * LDP) : nullptr,
-                              mb_max / 2 * PARTS);
+                              high / 2 * PARTS);
               }
               if (want_rows)
 #pragma omp for schedule(runtime) nowait
@@ -140,21 +140,17 @@ class InfoNceBackward {
               // Without wanted columns the empty loop is the barrier that keeps dS until every d_image strip has read
               // it.
 #pragma omp for schedule(runtime)
-              for (int64_t t = 0; t < (want_cols && gradient_of(j0) ? groups(nb) : 0); t++)
-                if constexpr (NARROW) {
-                  const int64_t first = t % ceil_div(nb, group_rows()) * group_rows();
-                  copy_columns(ds + first, std::min(group_rows(), nb - first), mb, narrow);
-                  each_tile(t, nb, [&](int64_t j, int64_t d) {
-                    gemm_tile<Op, 1, MR>((int)std::min<int64_t>(MR, nb - j), Ki, narrow + (j - first) * MB,
-                                         image_n + d * Ki, col_out(j0 + j, at + j) + d, p.D, p.D - d, i0 > 0);
-                  });
-                } else {
-                  each_tile(t, nb, [&](int64_t j, int64_t d) {
-                    gemm_tile<Op, 1, LDP>((int)std::min<int64_t>(MR, nb - j), Ki,
-                                          (P == 1 ? ds : ds_pairs) + (Op::TILES ? j * (mb_max / 2) * PARTS : j),
-                                          image_n + d * Ki, col_out(j0 + j, at + j) + d, p.D, p.D - d, i0 > 0);
-                  });
-                }
+              for (int64_t t = 0; t < (want_cols && gradient_of(j0) ? groups(nb) : 0); t++) {
+                const int64_t c = t % ceil_div(nb, group_rows()) * group_rows();  // the group's first column
+                if (NARROW) copy_columns(ds + c, std::min(group_rows(), nb - c), mb, narrow);
+                each_tile(t, nb, [&](int64_t j, int64_t d) {
+                  const float* A = NARROW      ? narrow + (j - c) * MB
+                                   : Op::TILES ? ds_pairs + j * (high / 2) * PARTS
+                                               : (P == 1 ? ds : ds_pairs) + j;
+                  gemm_tile<Op, 1, NARROW ? MR : LDP>((int)std::min<int64_t>(MR, nb - j), Ki, A, image_n + d * Ki,
+                                                      col_out(j0 + j, at + j) + d, p.D, p.D - d, i0 > 0);
+                });
+              }
             }
             if (halved) {
 #pragma omp for schedule(static)
@@ -437,8 +433,7 @@ class InfoNceBackward {
   const Logits<Op> logits;
   const int64_t Kd, Dp;
   const bool direct;   // gradients are fp32: accumulate in place
-  const int64_t high;  // rows of a block, even: 512 are 258 + 254, not 504 + 8, whose short products and barriers cost
-                       // as much as long ones
+  const int64_t high;  // rows of a block, even: 512 as 504 + 8 instead of 258 + 254 cost 7% of the backward
   const int64_t super;
 };
 

@@ -17,7 +17,7 @@ LIBRARY = torch.library.Library("limber_fast", "FRAGMENT")
 
 _KERNELS: dict[Any, Callable[..., Any]] = {}
 _FUNCTIONS: dict[Any, type[torch.autograd.Function]] = {}
-_PLAIN = {Tensor, torch.nn.Parameter, type(None), bool, int, float, str}
+_PLAIN = {Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list}
 
 
 def define(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], no_vmap: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,3 +28,12 @@ class Drawings:
 
     def __getitem__(self, rows: Tensor) -> Drawings:
         return Drawings(self.images[rows], self.concept[rows])
+
+    def shuffled_rows(self, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
+        """Rows of one batch after another, for ever; every drawing once an epoch but for its last, short batch."""
+        order = torch.empty(0, dtype=torch.int64)
+        while True:
+            if len(order) < batch:
+                order = torch.randperm(len(self), generator=generator)
+            yield order[:batch]
+            order = order[batch:]

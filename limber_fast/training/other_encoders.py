@@ -71,13 +71,12 @@ def train_encoder(
     loss_of = {LABELS: _label_loss, PIXELS: _pixel_loss}[kind]
     optimizers, average = build_optimizers(model, config), WeightAverage(model, config.ema)
     batch = min(config.concepts_per_batch * config.images_per_concept, len(drawings))
-    budget, step, order, mean = TimeBudget(60 * config.minutes, clock=clock), 0, torch.empty(0, dtype=torch.int64), None
+    budget, step, mean = TimeBudget(60 * config.minutes, clock=clock), 0, None
+    batches = drawings.shuffled_rows(batch, generator)
     with InterruptGuard() as guard:
         budget.start()
         while (fraction := budget.fraction) < 1:
-            if len(order) < batch:
-                order = torch.randperm(len(drawings), generator=generator)
-            rows, order = order[:batch], order[batch:]
+            rows = next(batches)
             images = augment(drawings.images[rows], generator)
             with autocast():
                 loss = loss_of(visual, images, labels[rows], generator)

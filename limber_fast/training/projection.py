@@ -96,14 +96,13 @@ def fit_projection(
     if tuned is not None:
         groups.append({"params": list(tuned.requires_grad_().parameters()), "rate": TUNED_RATE * learning_rate})
     optimizer = torch.optim.AdamW(groups, learning_rate, (0.9, 0.95), weight_decay=weight_decay)
-    budget, step, order, mean = TimeBudget(seconds, clock=clock), 0, torch.empty(0, dtype=torch.int64), None
+    budget, step, mean = TimeBudget(seconds, clock=clock), 0, None
+    batches = drawings.shuffled_rows(batch, generator)
     limber.train()
     with InterruptGuard() as guard:
         budget.start()
         while (fraction := budget.fraction) < 1:
-            if len(order) < batch:
-                order = torch.randperm(len(drawings), generator=generator)
-            rows, order = order[:batch], order[batch:]
+            rows = next(batches)
             if tuned is None:
                 drawn = features[rows]
             else:
