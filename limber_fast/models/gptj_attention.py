@@ -173,16 +173,53 @@ def cached_attention(config: GPTJConfig, cache: KVCache, batch: PagedBatch) -> C
 def differentiable_attention(
     config: GPTJConfig, lengths: Sequence[int], rotation: Tensor
 ) -> Callable[[Tensor, int], Tensor]:
-    """(q|k|v [T, 3 E], layer) -> [T, E]: causal, each of the packed sequences over itself; q|k|v is overwritten."""
+    """(q|k|v [T, 3 E], layer) -> [T, E]: causal, each of the packed sequences over itself; q|k|v is overwritten.
+
+    Sequences of like lengths are attended together, padded behind, which no token before sees: one by one, 64 captions
+    of a dozen tokens took half of a training step.
+    """
     uniform = min(lengths) == max(lengths)
+    groups = [] if uniform else _alike(lengths)
+    padded = [len(rows) * lengths[rows[0]] for rows in groups]
+    if not uniform:
+        taken, back = (index.to(rotation.device) for index in _padding(lengths, groups))
 
     def attend(qkv: Tensor, layer: int) -> Tensor:
         x = rotate(qkv.view(-1, 3, config.n_head, config.head_dim), rotation)
         if uniform:
             return _causal(x.unflatten(0, (len(lengths), -1)))
-        return torch.cat([_causal(part[None]) for part in x.split(lengths)])
+        parts = x.index_select(0, taken).split(padded)
+        attended = [_causal(x.unflatten(0, (len(rows), -1))) for rows, x in zip(groups, parts, strict=True)]
+        return torch.cat(attended).index_select(0, back)
 
     return attend
+
+
+def _alike(lengths: Sequence[int]) -> list[list[int]]:
+    """Sequences by falling length, a new group where padding to the group's longest would be more than a third."""
+    groups: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        longest = lengths[groups[-1][0]] if groups else 0
+        if 4 * lengths[row] >= 3 * longest > 0 or 0 < longest <= 32:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+def _padding(lengths: Sequence[int], groups: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """(the packed token for every padded place, the padded place of every packed token); padding repeats a last token,
+    whose gradient it adds nothing to."""
+    starts = [end - length for end, length in zip(accumulate(lengths), lengths, strict=True)]
+    taken: list[int] = []
+    back = torch.empty(sum(lengths), dtype=torch.int64)
+    for rows in groups:
+        longest = lengths[rows[0]]
+        for row in rows:
+            start, length = starts[row], lengths[row]
+            back[start : start + length] = torch.arange(len(taken), len(taken) + length)
+            taken += [*range(start, start + length), *[start + length - 1] * (longest - length)]
+    return torch.tensor(taken), back
 
 
 def _causal(x: Tensor) -> Tensor:

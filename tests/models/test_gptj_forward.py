@@ -107,6 +107,18 @@ def test_masked_gradients(tiny, tiny_ours):
     assert torch.equal(found[0, 8:], torch.zeros(3, 84))
 
 
+@pytest.mark.parametrize("lengths", [(7, 1, 12, 12, 3), (60, 45, 33, 5, 44, 60, 1)])
+def test_packed_sequences_see_themselves_alone(tiny_ours, lengths):
+    """Those of like lengths are attended together; hidden states and gradients are those of each alone."""
+    x = torch.randn(sum(lengths), 84, generator=torch.Generator().manual_seed(6)).requires_grad_()
+    weight = torch.randn(sum(lengths), 84, generator=torch.Generator().manual_seed(7))
+    together = tiny_ours.hidden_states(x, lengths)
+    alone = torch.cat([tiny_ours.hidden_states(part, [len(part)]) for part in x.split(lengths)])
+    assert max(cases.errors(together, alone)) < 1e-6
+    (found,), (expected,) = (torch.autograd.grad((y * weight).sum(), x) for y in (together, alone))
+    assert max(cases.errors(found, expected)) < 1e-5
+
+
 @pytest.mark.parametrize("pieces", [(1,) * 12, (5, 7), (4, 1, 1, 6), (11, 1)])
 def test_cache_in_pieces_equals_one_pass(tiny_ours, pieces):
     ids = ids_of(tiny_ours, 3, 12)
