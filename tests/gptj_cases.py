@@ -1,10 +1,13 @@
-"""Small GPT-Js of transformers with random weights."""
+"""Small GPT-Js of transformers with random weights, and Limber over one."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from limber_fast import GPTJ, Limber
+
+K, D = 5, 24  # soft prompts of a picture, width of its features
 SIZES = {  # widths that are no multiple of a tile; a second one closer to GPT-J's proportions
     "tiny": dict(vocab_size=301, n_positions=96, n_embd=84, n_layer=3, n_head=3, rotary_dim=12),
     "medium": dict(vocab_size=1031, n_positions=256, n_embd=512, n_layer=4, n_head=4, rotary_dim=64),
@@ -45,3 +48,13 @@ def byte_tokenizer():
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+
+
+def limber_of(theirs, dtype=torch.float32, **options):
+    model = GPTJ.from_transformers(theirs, weights="float", dtype=dtype)
+    torch.manual_seed(1)
+    return Limber(None, model, byte_tokenizer(), width=D, **options).eval()
+
+
+def features_of(n, seed=0):
+    return torch.randn(n, K, D, generator=torch.Generator().manual_seed(seed))

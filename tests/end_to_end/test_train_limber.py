@@ -1,15 +1,9 @@
-"""LiMBeR's training on real picture files: what a step is, resuming, several processes, the command."""
+"""LiMBeR's training on real picture files: what a step is, features, resuming, what is tuned, shards."""
 
-import csv
 import dataclasses
 import io
-import json
 import os
-import signal
-import subprocess
-import sys
 import tarfile
-import time
 from pathlib import Path
 
 import pytest
@@ -20,46 +14,12 @@ pytest.importorskip("timm")
 
 from PIL import Image
 
-from limber_fast import GPTJ, GPTJConfig, Limber
+from limber_fast import GPTJ, Limber
 from limber_fast.models.encoders import encoder
 from limber_fast.train_limber import activation_bytes, build, pairs_of
 from limber_fast.training.checkpoint import LIMBER, load_checkpoint
 from limber_fast.training.limber import LimberTrainer, linear_decay
-from limber_fast.training.limber_config import LimberTrainConfig
 from limber_fast.training.limber_data import cached_features
-
-COLOURS = ("red", "lime", "blue", "cyan", "gray", "navy", "teal", "gold", "pink", "plum")
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """(folder of a language model with its tokenizer, folder of pictures in LiMBeR's layout, one of them broken)."""
-    from gptj_cases import byte_tokenizer
-
-    root = tmp_path_factory.mktemp("limber")
-    config = GPTJConfig(vocab_size=300, n_positions=64, n_embd=64, n_layer=2, n_head=4, rotary_dim=8, eos_token_id=0,
-                        initializer_range=0.15)  # fmt: skip
-    GPTJ.from_config(config, seed=1).save_pretrained(root / "lm")
-    byte_tokenizer().save_pretrained(root / "lm")
-    data = root / "data"
-    for folder in ("images/0", "image_data/0"):
-        (data / folder).mkdir(parents=True)
-    for i, colour in enumerate(COLOURS):
-        Image.new("RGB", (40, 40), colour).save(data / f"images/0/{i}.jpg")
-        entry = {"image_path": f"images/0/{i}.jpg", "captions": [colour * (1 + i % 3)], "metadata": {}}
-        (data / f"image_data/0/{i}.json").write_text(json.dumps(entry))
-    (data / "images/0/9.jpg").write_bytes((data / "images/0/8.jpg").read_bytes()[:150])
-    return root / "lm", data
-
-
-@pytest.fixture
-def config(files, tmp_path):
-    lm, data = files
-    return LimberTrainConfig(
-        language_model=str(lm), data=str(data), output=str(tmp_path / "out"), encoder="timm:test_resnet",
-        encoder_weights="random", steps=12, batch_size=6, micro_batch=3, warmup=2, learning_rate=5e-3, save_every=4,
-        cache_features=True,
-    )  # fmt: skip
 
 
 def trainer_of(config, cached=True):
@@ -135,104 +95,6 @@ def test_a_tuned_encoder_moves_at_its_own_rate(config):
     moved = [(a - b).abs().max().item() for a, b in zip(before, trainer.limber.encoder.parameters(), strict=True)]
     assert max(moved) > 0 and max(moved) < 2e-4
     assert not any(p.requires_grad for p in trainer.limber.language_model.parameters())
-
-
-def command(config, *options, processes=1):
-    flags = ["--cache-features"] if config.cache_features else []
-    flags += [f"--{f.name.replace('_', '-')}={getattr(config, f.name)}" for f in dataclasses.fields(config)
-             if f.type in ("int", "float", "str") and getattr(config, f.name) != ""]  # fmt: skip
-    python = [sys.executable]
-    if processes > 1:
-        python += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
-    return [*python, "-m", "limber_fast", "train-limber", *flags, *options]
-
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-@pytest.mark.parametrize("magma", [False, True])
-def test_two_processes_train_as_one(config, tmp_path, magma):
-    config = dataclasses.replace(config, dropout=0.0, steps=4, learning_rate=1e-3)
-    if magma:
-        config = dataclasses.replace(config, adapters=16, layer_norm=True, grad_checkpointing=True)
-    maps = []
-    for processes in (1, 2):
-        mine = dataclasses.replace(config, output=str(tmp_path / f"of{processes}"))
-        ours = command(mine, processes=processes)
-        done = subprocess.run(ours, capture_output=True, text=True, timeout=600, env=ENVIRONMENT, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr[-2000:]
-        maps.append(load_checkpoint(tmp_path / f"of{processes}" / "checkpoint.pt", LIMBER))
-    for a, b in zip(*(found["parameters"] for found in maps), strict=True):
-        # bf16 gradients; a step of AdamW moves a weight by 1e-3 whichever sign a gradient next to 0 rounds to
-        assert (a - b).abs().mean() < 2e-5
-    one, two = (found["history"][-1] for found in maps)
-    assert one["loss"] == pytest.approx(two["loss"], rel=1e-3)
-    assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=0.02)
-
-
-def test_processes_share_the_encoding(config, tmp_path):
-    """Each writes its share into one file, equal to the one that a single process makes; broken pictures are named."""
-    files = []
-    for processes in (1, 3):
-        mine = dataclasses.replace(config, steps=3, output=str(tmp_path / f"of{processes}"))
-        ours = command(mine, processes=processes)
-        done = subprocess.run(ours, capture_output=True, text=True, timeout=600, env=ENVIRONMENT, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr[-2000:]
-        out = tmp_path / f"of{processes}"
-        files.append(((out / "features.bin").read_bytes(), json.loads((out / "features.json").read_text())))
-        assert "9.jpg" in (out / "skipped.txt").read_text() and not list(out.glob(".*"))
-    (one, about), (three, other) = files
-    assert about == other and about["rows"] == list(range(9))
-    a, b = (torch.frombuffer(bytearray(x), dtype=torch.bfloat16).float() for x in (one, three))
-    torch.testing.assert_close(a, b, atol=0.02, rtol=0.02)
-
-
-def test_command_survives_being_killed(config, tmp_path):
-    config = dataclasses.replace(config, steps=400, save_every=3)
-    process = subprocess.Popen(command(config), stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=tmp_path)
-    checkpoint = tmp_path / "out" / "checkpoint.pt"
-    deadline = time.monotonic() + 300
-    while not checkpoint.exists() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.05)
-    process.kill()
-    process.communicate()
-    step = load_checkpoint(checkpoint, LIMBER)["step"]
-    assert step % 3 == 0
-    ours = [*command(dataclasses.replace(config, save_every=1000)), "--resume"]
-    process = subprocess.Popen(ours, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=tmp_path)
-    while "resumed" not in process.stdout.readline():
-        assert process.poll() is None
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    rest = process.communicate(timeout=120)[0]
-    state = load_checkpoint(checkpoint, LIMBER)
-    assert process.returncode == (130 if state["step"] < 400 else 0), rest
-    assert state["step"] > step and not list((tmp_path / "out").glob(".*"))
-    with open(tmp_path / "out" / "train.csv", encoding="utf-8") as file:
-        assert int(list(csv.DictReader(file))[-1]["step"]) == state["step"]
-
-
-def test_command_ends_in_a_map_that_loads(config, tmp_path):
-    done = subprocess.run(command(config), capture_output=True, text=True, timeout=600, env=ENVIRONMENT, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "1 pictures could not be read" in done.stdout and "\x1b" not in done.stdout
-    limber = Limber.from_pretrained(tmp_path / "out" / "map", GPTJ.from_pretrained(config.language_model), encoder=None)
-    saved = load_checkpoint(tmp_path / "out" / "checkpoint.pt", LIMBER)
-    assert torch.equal(limber.projection.weight, saved["parameters"][0])
-
-
-def test_dry_run_and_toml(config, tmp_path):
-    lines = [f"{name} = {json.dumps(value)}" for name, value in config.to_dict().items()]
-    (tmp_path / "run.toml").write_text("\n".join(lines))
-    ours = [sys.executable, "-m", "limber_fast", "train-limber", "--config", "run.toml", "--dry-run", "--batch-size=60"]
-    done = subprocess.run(ours, capture_output=True, text=True, timeout=600, env=ENVIRONMENT, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "MiB kept for the backward pass of 3" in done.stdout
-    assert "60 = 1 x 20 x 3 pictures" in done.stdout and "12 steps" in done.stdout
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.toml"]
-    (tmp_path / "run.toml").write_text("stepz = 3")
-    done = subprocess.run(ours, capture_output=True, text=True, timeout=600, env=ENVIRONMENT, cwd=tmp_path)
-    assert done.returncode == 1 and "'stepz'" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_shards_train_as_the_folder_does(config, tmp_path):
