@@ -78,6 +78,10 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--minutes", type=_positive(float), default=5.0, help="training budget of an encoder (default: %(default)g)"
         )
+        command.add_argument(
+            "--steps", type=_positive(int), default=0, metavar="N",
+            help="train an encoder for N steps, however long they take",
+        )  # fmt: skip
         command.add_argument("--seed", type=int, default=0, help="seed of weights and batches (default: %(default)s)")
         command.add_argument("--output", type=Path, default=Path(folder), metavar="DIR", help="default: %(default)s")
         command.add_argument("--resume", action="store_true", help="continue from what lies in the output folder")

@@ -63,14 +63,14 @@ def load_model(checkpoint: Path) -> tuple[SmallClip, WordTokenizer]:
 
 
 def main(args: argparse.Namespace, console: Console) -> int:
-    """Run the demo; args: minutes, seed, output, resume, full, threads, loss. Returns the exit code."""
+    """Run the demo; args: minutes, steps, seed, output, resume, full, threads, loss. Returns the exit code."""
     if args.threads:
         torch.set_num_threads(args.threads)
     folder, test_set, trainers = Path(args.output), TestSet.shipped(), []
     seeds = range(args.seed, args.seed + (miniature.SEEDS if args.full else 1))
     folders = [folder, *(folder / f"seed-{seed}" for seed in seeds[1:])]
     for seed, place in zip(seeds, folders, strict=True):
-        config = TrainConfig(minutes=args.minutes, seed=seed, backend=args.loss)
+        config = TrainConfig(minutes=args.minutes, steps=args.steps, seed=seed, backend=args.loss)
         trainers.append(trainer := build_trainer(config, test_set.train))
         if (code := _trained(trainer, place, args.resume, console)) != 0:
             return code

@@ -57,7 +57,8 @@ class CaptionConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run. `minutes` is wall time spent in steps; the schedule follows the fraction spent.
+    """One training run. `minutes` is wall time spent in steps; the schedule follows the fraction spent. With `steps` it
+    is that many steps instead, however long they take: the same run on a fast machine and on a slow one.
 
     From the fraction `lock_images` on the image tower is locked, and the texts are learned from `locked_captions`.
 
@@ -65,6 +66,7 @@ class TrainConfig:
     """
 
     minutes: float = 5.0
+    steps: int = 0
     seed: int = 0
     concepts_per_batch: int = 128
     images_per_concept: int = 2
@@ -91,6 +93,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check("TrainConfig", {"minutes": self.minutes}, 1e-3, 1e5)
+        _check("TrainConfig", {"steps": self.steps}, 0, 1e9)
         _check("TrainConfig", {"concepts_per_batch": self.concepts_per_batch}, 2, 1e6)
         _check("TrainConfig", {"images_per_concept": self.images_per_concept}, 2, 16)
         _check("TrainConfig", {"lock_images": self.lock_images}, 0.01, 1)

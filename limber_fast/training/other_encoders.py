@@ -59,7 +59,7 @@ def train_encoder(
     Args:
         kind: `LABELS`, softmax over the concepts' subgroups (as NF-ResNet50 learned ImageNet's classes), or `PIXELS`,
             half of a drawing from the other half (as BEIT).
-        config: minutes, seed, batch, learning rates and augmentation are used.
+        config: minutes, steps, seed, batch, learning rates and augmentation are used.
     Returns: the averaged tower in evaluation mode.
     Raises: KeyboardInterrupt after the step in which Ctrl-C came.
     """
@@ -75,7 +75,7 @@ def train_encoder(
     batches = drawings.shuffled_rows(batch, generator)
     with InterruptGuard() as guard:
         budget.start()
-        while (fraction := budget.fraction) < 1:
+        while (fraction := step / config.steps if config.steps else budget.fraction) < 1:
             rows = next(batches)
             images = augment(drawings.images[rows], generator)
             with autocast():

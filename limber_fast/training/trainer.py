@@ -1,4 +1,4 @@
-"""One training run: steps until the time budget is spent, checkpoints on the way, resumable."""
+"""One training run: steps until the budget is spent, checkpoints on the way, resumable."""
 
 from __future__ import annotations
 
@@ -66,6 +66,11 @@ class Trainer:
         self.optimizers = build_optimizers(model, config)
         self.locked: LockedBatches | None = None
 
+    @property
+    def fraction(self) -> float:
+        """Share of the budget used, in [0, 1]: of the steps where they are given, else of the time."""
+        return min(self.step / self.config.steps, 1.0) if self.config.steps else self.budget.fraction
+
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss of a batch and what the progress bar shows of it."""
         config, model = self.config, self.model
@@ -98,8 +103,8 @@ class Trainer:
         return loss, {"loss": loss, "image_text_loss": loss, "scale": scale, "accuracy": stats.image_accuracy}
 
     def train_step(self) -> dict[str, float]:
-        """One optimiser step at the learning rate of the time spent so far."""
-        done, lock = self.budget.fraction, self.config.lock_images
+        """One optimiser step at the learning rate of the share of the budget spent so far."""
+        done, lock = self.fraction, self.config.lock_images
         if done < lock:
             factor = warmup_cosine(done / lock, self.config.warmup)
             self.locked = None  # a resume with a larger budget takes the image tower up again
@@ -138,10 +143,10 @@ class Trainer:
         saved_at = self.budget.spent
         with InterruptGuard() as guard:
             self.budget.start()
-            while self.budget.fraction < 1 and not guard.requested:
+            while self.fraction < 1 and not guard.requested:
                 values = self.train_step()
-                self.history.add(self.step, self.budget.spent, self.budget.fraction, values)
-                watch(self.budget.fraction, self.history.smooth)
+                self.history.add(self.step, self.budget.spent, self.fraction, values)
+                watch(self.fraction, self.history.smooth)
                 if self.budget.spent - saved_at >= self.config.save_every_seconds:
                     self.budget.pause()
                     self.save(folder)
@@ -150,7 +155,7 @@ class Trainer:
             self.budget.pause()
             self.history.close(self.step, self.budget.spent)
             self.save(folder)
-        return self.budget.fraction >= 1
+        return self.fraction >= 1
 
     def averaged_model(self) -> SmallClip:
         """A copy of the model with averaged weights, in evaluation mode."""

@@ -17,16 +17,19 @@ from limber_fast.demo import load_model
 from limber_fast.evaluation.emoji import TestSet, evaluate
 from limber_fast.training.checkpoint import load_checkpoint
 
+STEPS = 120  # far from the demo's 2,000; the time for what follows them is of half a minute's demo
+
 
 def command(output, *options):
-    return [sys.executable, "-m", "limber_fast", "demo", "--output", str(output), *options]
+    budget = ["--steps", str(STEPS), "--minutes", "0.5"]
+    return [sys.executable, "-m", "limber_fast", "demo", "--output", str(output), *budget, *options]
 
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory):
     """A demo stopped by Ctrl-C after some seconds: its folder, exit code, what it said last, and its checkpoint."""
     folder = tmp_path_factory.mktemp("demo")
-    process = subprocess.Popen(command(folder, "--minutes", "5"), stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(folder), stdout=subprocess.PIPE, text=True)
     line = process.stdout.readline()
     assert "drawings" in line
     time.sleep(4)
@@ -37,22 +40,18 @@ def interrupted(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(interrupted):
-    """The same demo gone on with, in a pipe: half a minute in all, on a slow machine time for a hundred steps."""
-    folder, _, _, state = interrupted
-    minutes = min(4, max(0.5, 110 * state["seconds"] / state["step"] / 60))
-    options = ["--resume", "--minutes", f"{minutes:.3f}"]
-    done = subprocess.run(command(folder, *options), capture_output=True, text=True, timeout=900)
+    """The same demo gone on with, in a pipe."""
+    folder = interrupted[0]
+    done = subprocess.run(command(folder, "--resume"), capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
-    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    assert result["training"]["seconds"] >= 60 * minutes
-    return folder, done, result
+    return folder, done, json.loads((folder / "result.json").read_text(encoding="utf-8"))
 
 
 def test_it_learns(finished):
     _, _, result = finished
     tables = result["zero_shot"]
     assert (tables["seen"]["classes"], tables["unseen_name"]["classes"]) == (1595, 160)
-    # A hundred steps are far from the demo's figures, and far from chance.
+    # So few steps are far from the demo's figures, and far from chance.
     assert tables["seen"]["top5"] > 8 * tables["seen"]["chance"]["top5"]
     assert tables["unseen_name_and_tags"]["top5"] > 1.5 * tables["unseen_name_and_tags"]["chance"]["top5"]
     assert result["linear_probe_group"]["seen"] > result["linear_probe_group"]["seen_majority"] + 5
@@ -67,7 +66,7 @@ def test_loss_falls_and_the_curve_is_written(finished):
     assert whole[-1]["image_text_loss"] < whole[0]["image_text_loss"] - 0.5
     assert rows[-1]["step"] == result["training"]["steps"]
     assert all(a["step"] < b["step"] for a, b in pairwise(rows))
-    # The last tenth of the time is the text tower's.
+    # The last tenth of the steps is the text tower's.
     training = result["training"]
     assert 0 < len(whole) < len(rows) and "image_image_loss" not in rows[-1]
     assert 0 < training["images"] < training["steps"] * training["batch"]
@@ -125,10 +124,9 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(interrupted, finished):
     folder, done, result = finished
     assert code == 130
     assert "--resume" in rest
-    assert state["step"] > 0
     assert not list(folder.glob(".*tmp"))
     assert f"resumed at step {state['step']}" in done.stdout
-    assert result["training"]["steps"] > max(state["step"], 100)
+    assert 0 < state["step"] < result["training"]["steps"] == STEPS
     resumed = load_checkpoint(folder / "checkpoint.pt")
     assert resumed["history"][: len(state["history"])] == state["history"]
 

@@ -27,10 +27,10 @@ COLOURS = {"dark_red": (150, 10, 10), "lime": (0, 255, 0), "navy": (0, 0, 128)}
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """The demo's CLIP after 60 steps."""
+    """The demo's CLIP after 40 steps."""
     folder = tmp_path_factory.mktemp("demo")
-    trainer = build_trainer(TrainConfig(concepts_per_batch=128, seed=1), Drawings.of(EmojiDataset()))
-    for _ in range(60):
+    trainer = build_trainer(TrainConfig(concepts_per_batch=64, seed=1), Drawings.of(EmojiDataset()))
+    for _ in range(40):
         trainer.train_step()
     trainer.save(folder)
     return folder / "checkpoint.pt"
