@@ -11,11 +11,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from limber_fast.cache import PagePool
 from limber_fast.cache import Sequence as CachedSequence
 from limber_fast.models.gptj_config import GPTJConfig
 from limber_fast.ops.prefix_attention import PAGE_SIZE, PagedBatch, prefix_attention, rotary_table
+
+_SCORE_BYTES = 16 << 20  # of scores at a time in the backward pass; one sequence's where they are more
 
 
 @lru_cache(maxsize=8)
@@ -224,5 +227,47 @@ def _padding(lengths: Sequence[int], groups: list[list[int]]) -> tuple[Tensor, T
 
 def _causal(x: Tensor) -> Tensor:
     """[B, S, 3, H, D] -> [B S, E], each sequence over itself."""
-    out = F.scaled_dot_product_attention(*x.permute(2, 0, 3, 1, 4), is_causal=True)
-    return out.transpose(1, 2).reshape(x.shape[0] * x.shape[1], -1)
+    recorded = torch.is_grad_enabled() and x.requires_grad
+    attend = _CpuCausal.apply if recorded and x.device.type == "cpu" else _sdpa
+    return attend(x).transpose(1, 2).reshape(x.shape[0] * x.shape[1], -1)
+
+
+def _sdpa(x: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(*x.permute(2, 0, 3, 1, 4), is_causal=True)
+
+
+class _CpuCausal(torch.autograd.Function):
+    """torch's forward with a backward of plain batched products: torch's own takes 33 ms instead of 2 for 64 captions
+    of 13 tokens, 228 instead of 86 for 4 pictures at GPT-J's width (bf16, one thread). Of x alone, nothing else is
+    saved; probabilities are held of as many sequences at a time as fit into `_SCORE_BYTES`.
+
+        P = softmax(Q K^T / sqrt(D));  dV = P^T dO;  dS = P (dP - sum_j P dP),  dP = dO V^T;  dQ = dS K / sqrt(D);
+        dK = dS^T Q / sqrt(D)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return _sdpa(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        b, s, _, h, d = x.shape
+        out = torch.empty_like(x)
+        future = torch.ones(s, s, dtype=torch.bool).triu_(1)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        # Other products in 16 bits take ten times as long as in 32.
+        dtype = x.dtype if x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported() else wide
+        part = max(1, _SCORE_BYTES // (4 * h * s * s))
+        for start in range(0, b, part):
+            rows = slice(start, start + part)
+            q, k, v = x[rows].permute(2, 0, 3, 1, 4).to(dtype).contiguous()
+            given = grad[rows].to(dtype)
+            p = (q @ k.mT).to(wide).mul_(d**-0.5).masked_fill_(future, -torch.inf).softmax(-1)
+            ds = (given @ v.mT).to(wide).mul_(p)
+            ds = ds.sub_(p * ds.sum(-1, keepdim=True)).mul_(d**-0.5).to(dtype)
+            for at, found in enumerate((ds @ k, ds.mT @ q, p.to(dtype).mT @ given)):
+                out[rows, :, at] = found.transpose(1, 2)
+        return out

@@ -187,9 +187,9 @@ def test_a_row_does_not_depend_on_its_neighbours(tiny_int8):
             assert max(cases.errors(tiny_int8(ids[row : row + 1]).logits[0], together[row])) < 1e-6
 
 
-def test_training_keeps_nine_widths_a_token_and_block():
-    """q|k|v 3, gelu's argument 4, attention 1 and the residual stream 1: 72 KiB in bf16 at GPT-J's width, 2.1 MB in
-    all 28 blocks. Neither activations of the products nor rotated copies are among them."""
+def test_training_keeps_eight_widths_a_token_and_block():
+    """q|k|v 3, gelu's argument 4 and the residual stream 1: 64 KiB in bf16 at GPT-J's width, 1.8 MB in all 28 blocks.
+    Neither activations of the products nor what attention gives nor rotated copies are among them."""
     width, layers = 512, 4
     config = GPTJConfig(vocab_size=61, n_embd=width, n_layer=layers, n_head=4, rotary_dim=64)
     model = GPTJ.from_config(config)
@@ -206,7 +206,7 @@ def test_training_keeps_nine_widths_a_token_and_block():
     stored = {x.untyped_storage().data_ptr() for x in model.buffers()}
     activations = sum(size for at, size in held.items() if at not in stored)
     widths = activations / (2 * 96 * layers) / (2 * width)
-    assert 9 <= widths <= 9.4  # the residual stream once more after the last block, and small vectors
+    assert 8 <= widths <= 8.4  # the residual stream once more after the last block, and small vectors
 
 
 def test_parameters_there_are_none(tiny_int8):
