@@ -94,22 +94,24 @@ class LimberModel(nn.Module):
             raise checks.invalid(_OP, "a prompt", "hold a picture or a token", "nothing")
         return torch.tensor(ids, device=self.language_model.device)
 
-    def forward(self, images: Images, captions: Sequence[str | Sequence[int]], *, seed: int | None = None) -> Tensor:
-        """Mean cross entropy of captions behind their pictures, as LiMBeR trains: ``[picture][caption][end of text]``,
-        loss on the caption and the end alone.
+    def forward(
+        self, images: Images, captions: Sequence[str | Sequence[int]], *, prompt: str = "", seed: int | None = None
+    ) -> Tensor:
+        """Mean cross entropy of captions behind their pictures, as LiMBeR trains:
+        ``[picture][prompt][caption][end of text]``, loss on the caption and the end alone.
 
         Args:
-            images: n pictures or their features. captions: n texts, or token ids.
+            images: n pictures or their features. captions: n texts, or token ids. prompt: before each caption.
             seed: of the dropout; by default from torch's generator.
 
         A caption that does not fit into the language model's context is cut off.
 
         Returns: 0-d fp32; gradients reach the projection, the LayerNorm and an encoder that is not frozen.
         """
-        return self.loss(images, captions, seed=seed)[0]
+        return self.loss(images, captions, prompt=prompt, seed=seed)[0]
 
     def loss(
-        self, images: Images, captions: Sequence[str | Sequence[int]], *, seed: int | None = None
+        self, images: Images, captions: Sequence[str | Sequence[int]], *, prompt: str = "", seed: int | None = None
     ) -> tuple[Tensor, int]:
         """What `forward` gives, and the number of tokens that it is the mean of."""
         captions = checks.listed_texts(_OP, "captions", captions)
@@ -118,13 +120,15 @@ class LimberModel(nn.Module):
             raise checks.invalid(_OP, "captions", f"be {len(features)}, one for each picture", str(len(captions)))
         config = self.language_model.config
         end = config.eos_token_ids[:1]
-        room = config.n_positions - features.shape[1] - len(end)
+        opening = self._tokens(prompt) if prompt else []
+        unlabelled = features.shape[1] + len(opening)
+        room = max(0, config.n_positions - unlabelled - len(end))
         texts = [[*(self._tokens(c) if isinstance(c, str) else list(c))[:room], *end] for c in captions]
-        ids = [self.token_ids([IMAGE, text], features.shape[1]) for text in texts]
+        ids = [self.token_ids([IMAGE, opening, text], features.shape[1]) for text in texts]
         x = self._embed(features, torch.cat(ids), self.dropout if self.training else 0.0, seed)
         hidden = self.language_model.hidden_states(x, [len(row) for row in ids])
-        following = torch.cat([F.pad(row[1:], (0, 1), value=IGNORE_INDEX) for row in ids])
-        labels = following.masked_fill(following == self.image_token_id, IGNORE_INDEX)
+        silent = ids[0].new_full((unlabelled - 1,), IGNORE_INDEX) if ids else None
+        labels = torch.cat([F.pad(torch.cat([silent, row[unlabelled:]]), (0, 1), value=IGNORE_INDEX) for row in ids])
         return self.language_model.loss(hidden, labels), int((labels != IGNORE_INDEX).sum())
 
     def _embed(self, features: Tensor, ids: Tensor, dropout: float = 0.0, seed: int | None = None) -> Tensor:

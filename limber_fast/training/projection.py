@@ -89,7 +89,7 @@ def fit_projection(
     Returns: steps taken.
     Raises: KeyboardInterrupt after the step in which Ctrl-C came.
     """
-    captions = [limber.tokenizer(f"{PROMPT} {concept.name}").input_ids for concept in concepts()]
+    captions = [limber.tokenizer(f" {concept.name}").input_ids for concept in concepts()]
     generator = torch.Generator().manual_seed(seed)
     least_squares(limber, features, drawings)
     groups = [{"params": list(limber.projection.parameters()), "rate": learning_rate}]
@@ -109,7 +109,7 @@ def fit_projection(
                 drawn = standard(tuned.grid(drawings.images[rows].float() / 255).flatten(1))
             drawn = drawn + noise * torch.randn(drawn.shape, generator=generator)
             named = [captions[i] for i in drawings.concept[rows].tolist()]
-            loss = limber(spread(drawn), named, seed=seed + step)
+            loss = limber(spread(drawn), named, prompt=PROMPT, seed=seed + step)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)

@@ -31,20 +31,23 @@ def plain(limber, theirs, features, before=(), text=()):
     return torch.cat([wte[ids[0]], soft, wte[ids[1]]])[None]
 
 
-def test_loss_and_gradients_are_the_plain_ones(limber, theirs):
+@pytest.mark.parametrize("prompt", ["", "A picture of"])
+def test_loss_and_gradients_are_the_plain_ones(limber, theirs, prompt):
     captions = ["a red fox", "b", "an octopus of the sea"]
     features = features_of(3)
-    limber(features, captions).backward()
+    limber(features, captions, prompt=prompt).backward()
+    opening = limber.tokenizer(prompt).input_ids
     exact = transformers_gptj("tiny").double()
     weight, bias = (p.detach().double().requires_grad_() for p in limber.projection.parameters())
     total, count = 0, 0
     for x, caption in zip(features.double(), captions, strict=True):
         ids = torch.tensor([*limber.tokenizer(caption).input_ids, 0])
-        embeds = torch.cat([F.linear(x, weight, bias), exact.transformer.wte.weight[ids]])[None]
-        logits = exact(inputs_embeds=embeds).logits[0, K - 1 : -1]
+        given = exact.transformer.wte.weight[torch.tensor(opening, dtype=torch.long)], exact.transformer.wte.weight[ids]
+        embeds = torch.cat([F.linear(x, weight, bias), *given])[None]
+        logits = exact(inputs_embeds=embeds).logits[0, K + len(opening) - 1 : -1]
         total, count = total + F.cross_entropy(logits, ids, reduction="sum"), count + len(ids)
     (total / count).backward()
-    torch.testing.assert_close(limber(features, captions).double(), total / count, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(limber(features, captions, prompt=prompt).double(), total / count, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(limber.projection.weight.grad.double(), weight.grad, atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(limber.projection.bias.grad.double(), bias.grad, atol=1e-6, rtol=1e-4)
     assert all(p.grad is None for p in limber.language_model.parameters())
