@@ -40,7 +40,7 @@ FAILED = 1
 # The loss is timed for a sixth of the training time, so that the whole of `limber-fast demo` stays within 8 minutes.
 TIMING_SHARE = 1 / 6
 # Of the training time, for each projection of LiMBeR.
-LIMBER_SHARE = 0.08
+LIMBER_SHARE = 0.12
 
 
 def build_trainer(config: TrainConfig, train: Drawings) -> Trainer:

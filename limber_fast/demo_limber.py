@@ -149,7 +149,7 @@ def _fitted(
     """The fitted LiMBeR, and what makes its features of drawings."""
     features = grid_features(tower, train.images)
     standard = Standardise.of(features)
-    limber = Limber(None, *words, width=SOFT_PROMPTS * features.shape[1])
+    limber = Limber(None, *words, width=SOFT_PROMPTS * features.shape[1], dropout=0.0)
     tuned = copy.deepcopy(tower) if name == TUNED else None
     with console.progress(f"fitting P, {name}", 1.0) as update:
         found.steps[name] = fit_projection(

@@ -1,12 +1,15 @@
 """Trains the demo's language model: GPT-J's architecture, on text alone.
 
-    python tools/make_language_model.py [--steps 1300] [--output limber_fast/data/language_model]
+    python tools/make_language_model.py [--steps 2600] [--output limber_fast/data/language_model]
 
 Its text is made from the English names, keywords, groups and genders of `limber_fast.data.emoji.concepts()`, of all
 concepts: those whose drawings are held out occur too, as words do that a language model knows without having seen the
 thing. No drawing is read. A line is `<words> A picture of <name>` or `<words> Q: <question> A: <answer>`; the words
 before it, where a picture's soft prompts will be, are of a concept's name and keywords, many of them left out, some of
-another concept's beside them: which name they mean together has to be learned, not copied.
+another concept's beside them: which name they mean together has to be learned, not copied. Most lines are
+blurred: in the place of the words stand the first tokens of the name, as many as a picture has soft prompts, each
+embedding with those of other concepts' names added to it, together up to four times as large. That is what a linear map
+makes of a picture of which it is not sure.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ import random
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import cycle, islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -28,13 +33,36 @@ from torch import Tensor, nn
 from limber_fast.data.emoji import Concept, concepts
 from limber_fast.data.emoji_questions import COLOURS, QUESTIONS, answer_of
 from limber_fast.training.muon import Muon
+from limber_fast.training.projection import SOFT_PROMPTS
 
 END = "<|endoftext|>"
 IGNORED = -100
 CAPTION = "A picture of"
 MOST_WORDS = 9
 KINDS = ("group", "subgroup", "colour", "gender", "tone")
-Line = tuple[str, str, str]  # words, what is asked, the answer
+BLURRED = 0.6  # of the lines
+OTHERS = 12  # names added to a blurred one
+LOUDEST = 4.0  # their length together, in that of the name
+
+
+class Line(NamedTuple):
+    """Words, what is asked of them, the answer. `blur`: (name, weight) of all that stands in the words' place."""
+
+    words: str
+    asked: str
+    answer: str
+    blur: tuple[tuple[str, float], ...] = ()
+
+
+class Blur(NamedTuple):
+    """Of a batch: flat places [P] of blurred embeddings, the token of the name at each; and [R] times weight * token
+    added at a place (its index in `places`)."""
+
+    places: Tensor
+    named: Tensor
+    at: Tensor
+    tokens: Tensor
+    weights: Tensor
 
 
 class Corpus:
@@ -42,6 +70,7 @@ class Corpus:
 
     def __init__(self, seed: int):
         self.concepts, self.random = concepts(), random.Random(seed)
+        self.siblings = {c.subgroup: [x for x in self.concepts if x.subgroup == c.subgroup] for c in self.concepts}
         self.gendered = {gender: [c for c in self.concepts if c.gender == gender] for gender in ("female", "male")}
 
     def words(self, concept: Concept, colour: str | None = None) -> str:
@@ -62,9 +91,22 @@ class Corpus:
             words = [word for word in words if draw.random() < 0.75] or words
         return " " + " ".join(words[:MOST_WORDS])
 
+    def blur(self, concept: Concept) -> tuple[tuple[str, float], ...]:
+        """The concept's name and others', one of them perhaps of its subgroup; weights of unit length together."""
+        draw = self.random
+        if draw.random() >= BLURRED:
+            return ()
+        loud = draw.uniform(0, LOUDEST) / math.sqrt(OTHERS)
+        found = [(concept.name, 1.0)] + [(draw.choice(self.concepts).name, draw.gauss(0, loud)) for _ in range(OTHERS)]
+        siblings = self.siblings[concept.subgroup]
+        if draw.random() < 0.5:
+            found.append((draw.choice(siblings).name, draw.uniform(0, 0.8)))
+        scale = draw.uniform(0.7, 1.4) / math.sqrt(sum(weight**2 for _, weight in found))
+        return tuple((name, scale * weight) for name, weight in found)
+
     def caption(self) -> Line:
         concept = self.random.choice(self.concepts)
-        return self.words(concept), CAPTION, concept.name
+        return Line(self.words(concept), CAPTION, concept.name, self.blur(concept))
 
     def question(self, kind: str) -> Line:
         draw, colour = self.random, None
@@ -72,7 +114,8 @@ class Corpus:
         if kind == "gender":
             concept = draw.choice(self.gendered[draw.choice(("female", "male"))])
         answer = answer_of(kind, concept) if kind != "colour" else (colour := draw.choice(COLOURS))
-        return self.words(concept, colour), f"Q: {QUESTIONS[kind]} A:", answer
+        blur = self.blur(concept) if colour is None else ()
+        return Line(self.words(concept, colour), f"Q: {QUESTIONS[kind]} A:", answer, blur)
 
     def documents(self, captions: int, questions: int, shots: int) -> tuple[list[list[Line]], ...]:
         """Captions, questions, and `shots` times two to five questions of a kind after each other."""
@@ -93,39 +136,71 @@ def make_tokenizer(corpus: Corpus, vocabulary: int) -> Tokenizer:
         vocab_size=vocabulary, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
     )
     captions, questions, _ = corpus.documents(15_000, 5_000, 0)
-    texts = (f"{words}{asked} {answer}" for ((words, asked, answer),) in captions + questions)
+    texts = (f"{line.words}{line.asked} {line.answer}" for (line,) in captions + questions)
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
-def batches_of(documents: Sequence[Sequence[Line]], tokenizer: Tokenizer, size: int) -> list[tuple[Tensor, Tensor]]:
-    """ids [size, T], padded behind, and labels [size, T], which answers and what ends them alone have; documents of
-    like lengths together."""
+def soft_tokens(tokenizer: Tokenizer, name: str) -> list[int]:
+    """The name's tokens, as many as there are soft prompts, beginning anew behind the last."""
+    return list(islice(cycle(tokenizer.encode(f" {name}").ids), SOFT_PROMPTS))
+
+
+def batches_of(
+    documents: Sequence[Sequence[Line]], tokenizer: Tokenizer, size: int
+) -> list[tuple[Tensor, Tensor, Blur]]:
+    """ids [size, T], padded behind, labels [size, T], which answers and what ends them alone have, and what is blurred;
+    documents of like lengths together."""
     rows = []
     for document in documents:
-        ids, labels = [], []
-        for at, (words, asked, answer) in enumerate(document):
-            given = tokenizer.encode(words).ids + tokenizer.encode(asked).ids
+        ids, labels, blurred = [], [], []
+        for at, line in enumerate(document):
+            words = tokenizer.encode(line.words).ids
+            if line.blur:
+                words = soft_tokens(tokenizer, line.blur[0][0])
+                blurred.append((len(ids), line.blur))
+            given = words + tokenizer.encode(line.asked).ids
             last = at == len(document) - 1
-            said = tokenizer.encode(f" {answer}" if last else f" {answer}\n").ids + [0] * last
+            said = tokenizer.encode(f" {line.answer}" if last else f" {line.answer}\n").ids + [0] * last
             ids += given + said
             labels += [IGNORED] * len(given) + said
-        rows.append((ids, labels))
+        rows.append((ids, labels, blurred))
     rows.sort(key=lambda row: len(row[0]))
     found = []
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
         ids = torch.zeros(len(part), len(part[-1][0]), dtype=torch.int64)
         labels = torch.full_like(ids, IGNORED)
-        for at, row in enumerate(part):
-            ids[at, : len(row[0])], labels[at, : len(row[0])] = map(torch.tensor, row)
-        found.append((ids, labels))
+        places, named, added = [], [], []
+        for at, (row, labelled, blurred) in enumerate(part):
+            ids[at, : len(row)], labels[at, : len(row)] = torch.tensor(row), torch.tensor(labelled)
+            for start, blur in blurred:
+                for name, weight in blur:
+                    tokens = soft_tokens(tokenizer, name)
+                    added += [(len(places) + j, token, weight) for j, token in enumerate(tokens)]
+                places += [at * ids.shape[1] + start + j for j in range(SOFT_PROMPTS)]
+                named += row[start : start + SOFT_PROMPTS]
+        at, tokens, weights = zip(*added, strict=True) if added else ((), (), ())
+        index = [torch.tensor(x, dtype=torch.int64) for x in (places, named, at, tokens)]
+        found.append((ids, labels, Blur(*index, torch.tensor(weights, dtype=torch.float32))))
     return found
 
 
-def loss_of(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
+def embedded(model: nn.Module, ids: Tensor, blur: Blur) -> Tensor:
+    """Embeddings [size, T, E]; a blurred one is the mean of all names' and the weighted sum of what differs from it."""
+    x = model.transformer.wte(ids)
+    if not len(blur.places):
+        return x
+    centre = model.transformer.wte(blur.named).mean(0).detach()
+    added = blur.weights[:, None] * (model.transformer.wte(blur.tokens) - centre)
+    mixed = centre.expand(len(blur.places), -1).index_add(0, blur.at, added)
+    return x.flatten(0, 1).index_copy(0, blur.places, mixed).view_as(x)
+
+
+def loss_of(model: nn.Module, ids: Tensor, labels: Tensor, blur: Blur) -> Tensor:
     """The sum of the labelled tokens' cross entropies; the head sees no others."""
-    hidden, labels = model.transformer(ids).last_hidden_state[:, :-1], labels[:, 1:]
+    hidden = model.transformer(inputs_embeds=embedded(model, ids, blur)).last_hidden_state[:, :-1]
+    labels = labels[:, 1:]
     labelled = labels != IGNORED
     logits = model.lm_head(hidden[labelled]).float()
     return nn.functional.cross_entropy(logits, labels[labelled], reduction="sum")
@@ -163,11 +238,11 @@ def train(args: argparse.Namespace) -> None:
         parts = []
         for documents in corpus.documents(args.batch * 5 // 8, args.batch * 5 // 16, args.batch // 16):
             parts += batches_of(documents, tokenizer, (len(documents) + 3) // 4)
-        labelled = sum(int((labels != IGNORED).sum()) for _, labels in parts)
+        labelled = sum(int((labels != IGNORED).sum()) for _, labels, _ in parts)
         model.zero_grad()
         total = 0.0
-        for ids, labels in parts:
-            loss = loss_of(model, ids, labels) / labelled
+        for ids, labels, blur in parts:
+            loss = loss_of(model, ids, labels, blur) / labelled
             loss.backward()
             total += loss.item()
             tokens += ids.numel()
@@ -213,17 +288,17 @@ def told_in_words(folder: Path, lines: int = 1000) -> dict[str, dict[str, float]
     draw = corpus.random
     some = [draw.choice([c for c in corpus.concepts if len(c.tags) >= 3]) for _ in range(lines)]
     asked = {
-        "name and two keywords": [(" " + " ".join([c.name, *c.tags[:2]]), CAPTION, c.name) for c in some],
-        "keywords alone": [(" " + " ".join(draw.sample(c.tags, 3)), CAPTION, c.name) for c in some],
+        "name and two keywords": [Line(" " + " ".join([c.name, *c.tags[:2]]), CAPTION, c.name) for c in some],
+        "keywords alone": [Line(" " + " ".join(draw.sample(c.tags, 3)), CAPTION, c.name) for c in some],
         **{kind: [corpus.question(kind) for _ in range(lines // 2)] for kind in KINDS},
     }
     found = {}
     for name, given in asked.items():
-        prompts = [tokenizer(words).input_ids + tokenizer(question).input_ids for words, question, _ in given]
+        prompts = [tokenizer(line.words).input_ids + tokenizer(line.asked).input_ids for line in given]
         texts = []
         for start in range(0, len(prompts), 100):
             texts += model.generate(prompts[start : start + 100], max_new_tokens=16, tokenizer=tokenizer).texts
-        right = [text.strip() == answer for text, (_, _, answer) in zip(texts, given, strict=True)]
+        right = [text.strip() == line.answer for text, line in zip(texts, given, strict=True)]
         found[name] = round(100 * sum(right) / len(right), 1)
     return {"told in words, percent exact": found}
 
@@ -231,7 +306,7 @@ def told_in_words(folder: Path, lines: int = 1000) -> dict[str, dict[str, float]
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("limber_fast/data/language_model"))
-    for name, value in (("steps", 1300), ("vocabulary", 4096), ("width", 192), ("layers", 3), ("heads", 4),
+    for name, value in (("steps", 2600), ("vocabulary", 4096), ("width", 192), ("layers", 3), ("heads", 4),
                         ("context", 192), ("batch", 64), ("seed", 0), ("threads", 1)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value, help="default: %(default)s")
     for name, value in (("learning-rate", 3e-3), ("muon-learning-rate", 0.02), ("dropout", 0.1)):

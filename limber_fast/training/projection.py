@@ -18,7 +18,7 @@ from limber_fast.training.schedule import TimeBudget, warmup_cosine
 
 PROMPT = "A picture of"
 SOFT_PROMPTS = 4
-TUNED_RATE = 0.02  # of the map's learning rate, for the tower
+TUNED_RATE = 0.04  # of the map's learning rate, for the tower
 Watch = Callable[[float, float], None]
 
 
@@ -53,7 +53,7 @@ def spread(features: Tensor, k: int = SOFT_PROMPTS) -> Tensor:
 
 
 @torch.no_grad()
-def least_squares(limber: Limber, features: Tensor, drawings: Drawings, penalty: float = 0.3) -> None:
+def least_squares(limber: Limber, features: Tensor, drawings: Drawings, penalty: float = 0.03) -> None:
     """Where P starts: soft prompt j is the ridge regression of the embedding of token j of a drawing's name, whose
     tokens begin anew behind the last. Of the language model it takes the embeddings alone.
 
@@ -74,7 +74,7 @@ def least_squares(limber: Limber, features: Tensor, drawings: Drawings, penalty:
 
 def fit_projection(
     limber: Limber, features: Tensor, drawings: Drawings, seconds: float, *, seed: int = 0, batch: int = 64,
-    learning_rate: float = 2e-3, weight_decay: float = 0.1, noise: float = 0.6, tuned: SmallResNet | None = None,
+    learning_rate: float = 1e-3, weight_decay: float = 0.1, noise: float = 0.6, tuned: SmallResNet | None = None,
     standard: Standardise | None = None, clock: Callable[[], float] = time.perf_counter,
     watch: Watch = lambda fraction, loss: None,
 ) -> int:  # fmt: skip
