@@ -80,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
         command.add_argument(
             "--steps", type=_positive(int), default=0, metavar="N",
-            help="train an encoder for N steps, however long they take",
+            help="train an encoder for N steps, however long they take; what follows keeps to its share of --minutes",
         )  # fmt: skip
         command.add_argument("--seed", type=int, default=0, help="seed of weights and batches (default: %(default)s)")
         command.add_argument("--output", type=Path, default=Path(folder), metavar="DIR", help="default: %(default)s")

@@ -105,9 +105,10 @@ def _trained(trainer: Trainer, folder: Path, resume: bool, console: Console) -> 
         console.error(f"{error}; run without --resume to start anew")
         return FAILED
     drawings, seen = len(trainer.batches.images), len(trainer.batches.drawn)
-    console.print(
-        f"{drawings} drawings of {seen} concepts, {config.minutes:g} minutes on {torch.get_num_threads()} threads"
-    )
+    budget = f"{config.steps} steps" if config.steps else f"{config.minutes:g} minutes"
+    console.print(f"{drawings} drawings of {seen} concepts, {budget} on {torch.get_num_threads()} threads")
+    if trainer.fraction >= 1:
+        console.print(f"nothing left to train: step {trainer.step} is past the budget")
     if not _train(trainer, folder, console):
         console.print(f"stopped at step {trainer.step}; {checkpoint} is whole: go on with --resume")
         return EXIT_CODE

@@ -73,6 +73,11 @@ def listed_texts(op: str, name: str, found: Any) -> list:
     return list(found)
 
 
+def text(op: str, name: str, found: Any) -> None:
+    if not isinstance(found, str):
+        raise invalid(op, name, "be a text", kind_of(found), kind=TypeError)
+
+
 def pictures(op: str, found: Any) -> None:
     if not isinstance(found, list):
         remedy = "put it into a list"

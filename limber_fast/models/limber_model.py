@@ -101,7 +101,8 @@ class LimberModel(nn.Module):
         ``[picture][prompt][caption][end of text]``, loss on the caption and the end alone.
 
         Args:
-            images: n pictures or their features. captions: n texts, or token ids. prompt: before each caption.
+            images: n pictures or their features. captions: n texts, or token ids.
+            prompt: before each caption, with nothing between them.
             seed: of the dropout; by default from torch's generator.
 
         A caption that does not fit into the language model's context is cut off.
@@ -116,18 +117,24 @@ class LimberModel(nn.Module):
         """What `forward` gives, and the number of tokens that it is the mean of."""
         captions = checks.listed_texts(_OP, "captions", captions)
         features = self.encode(images)
+        checks.text(_OP, "prompt", prompt)
+        if not captions:
+            raise checks.invalid(_OP, "captions", "be at least one", "none")
         if len(features) != len(captions):
             raise checks.invalid(_OP, "captions", f"be {len(features)}, one for each picture", str(len(captions)))
         config = self.language_model.config
         end = config.eos_token_ids[:1]
         opening = self._tokens(prompt) if prompt else []
         unlabelled = features.shape[1] + len(opening)
-        room = max(0, config.n_positions - unlabelled - len(end))
+        room = config.n_positions - unlabelled - len(end)
+        if room < 1:
+            contract = f"leave room for a caption in n_positions = {config.n_positions}"
+            raise checks.invalid(_OP, "prompt", contract, f"{unlabelled} tokens before it", "shorten it")
         texts = [[*(self._tokens(c) if isinstance(c, str) else list(c))[:room], *end] for c in captions]
         ids = [self.token_ids([IMAGE, opening, text], features.shape[1]) for text in texts]
         x = self._embed(features, torch.cat(ids), self.dropout if self.training else 0.0, seed)
         hidden = self.language_model.hidden_states(x, [len(row) for row in ids])
-        silent = ids[0].new_full((unlabelled - 1,), IGNORE_INDEX) if ids else None
+        silent = ids[0].new_full((unlabelled - 1,), IGNORE_INDEX)
         labels = torch.cat([F.pad(torch.cat([silent, row[unlabelled:]]), (0, 1), value=IGNORE_INDEX) for row in ids])
         return self.language_model.loss(hidden, labels), int((labels != IGNORE_INDEX).sum())
 

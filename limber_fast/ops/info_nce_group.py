@@ -24,7 +24,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.autograd.function import once_differentiable
 
 from limber_fast import checks
 from limber_fast.ops.info_nce_op import DSCALE, NLL, InfoNceState, _backend, _direction_gradients, _reduce, _sum
@@ -129,10 +128,11 @@ class _GroupInfoNce(torch.autograd.Function):
         return loss, row.row, col.row, row.row_correct, col_correct
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 9
+        if torch.is_grad_enabled():  # create_graph=True: torch's once_differentiable lets some of its uses through
+            raise RuntimeError(f"{_OP}: over a group its gradient cannot be differentiated; use create_graph=False")
         (image, text, logit_scale, logit_bias, both, labels, all_ids, gathered, row, col, row_cache,
          col_cache) = ctx.saved_tensors  # fmt: skip
         options, own, softmax = ctx.options, ctx.own, ctx.options.variant == "softmax"

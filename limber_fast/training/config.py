@@ -58,7 +58,7 @@ class CaptionConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run. `minutes` is wall time spent in steps; the schedule follows the fraction spent. With `steps` it
-    is that many steps instead, however long they take: the same run on a fast machine and on a slow one.
+    is that many steps instead, however long they take: the same encoders on a fast machine and on a slow one.
 
     From the fraction `lock_images` on the image tower is locked, and the texts are learned from `locked_captions`.
 
@@ -93,7 +93,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check("TrainConfig", {"minutes": self.minutes}, 1e-3, 1e5)
-        _check("TrainConfig", {"steps": self.steps}, 0, 1e9)
+        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 0:
+            raise ValueError(f"TrainConfig: steps must be a whole number of at least 0; got {self.steps!r}")
         _check("TrainConfig", {"concepts_per_batch": self.concepts_per_batch}, 2, 1e6)
         _check("TrainConfig", {"images_per_concept": self.images_per_concept}, 2, 16)
         _check("TrainConfig", {"lock_images": self.lock_images}, 0.01, 1)

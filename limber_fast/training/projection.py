@@ -78,8 +78,8 @@ def fit_projection(
     standard: Standardise | None = None, clock: Callable[[], float] = time.perf_counter,
     watch: Watch = lambda fraction, loss: None,
 ) -> int:  # fmt: skip
-    """P and b from `least_squares`, then AdamW on them alone for a time: cross entropy of 'A picture of <name>'; every
-    other parameter is frozen.
+    """P and b from `least_squares`, then AdamW on them alone for a time: cross entropy of the name behind 'A picture
+    of'; every other parameter is frozen.
 
     Args:
         features: [N, D] standardised, of `drawings`. noise: standard deviation of what is added to them in every step,

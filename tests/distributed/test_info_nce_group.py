@@ -232,3 +232,15 @@ def compiled(rank, size):
 def test_torch_compile_breaks_the_graph_and_goes_on(ranks):
     for plain, through_compile in ranks.run(2, compiled):
         assert all(torch.equal(a, b) for a, b in zip(plain, through_compile, strict=True))
+
+
+def differentiated_twice(rank, size):
+    image, text, scale = leaves(*cases.towers("unit", 5, 5, 8, torch.float32))
+    loss = limber_fast.info_nce(image, text, scale, group=dist.group.WORLD)
+    with pytest.raises(RuntimeError, match="info_nce: over a group its gradient cannot be differentiated"):
+        torch.autograd.grad(loss, image, create_graph=True)
+    return len(torch.autograd.grad(loss, (image, text, scale)))
+
+
+def test_its_gradient_is_not_differentiated(ranks):
+    assert ranks.run(2, differentiated_twice) == [3, 3]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from gptj_cases import ids_of, transformers_gptj
 
 from limber_fast import GPTJ, GPTJConfig
+from limber_fast.models import gptj_attention
 
 
 def lowest_cosine(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -117,6 +118,45 @@ def test_packed_sequences_see_themselves_alone(tiny_ours, lengths):
     assert max(cases.errors(together, alone)) < 1e-6
     (found,), (expected,) = (torch.autograd.grad((y * weight).sum(), x) for y in (together, alone))
     assert max(cases.errors(found, expected)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1, 3, 6])
+@pytest.mark.parametrize(("b", "s", "h", "d"), [(5, 13, 4, 48), (1, 257, 2, 28)])
+def test_gradient_of_attention_in_16_bits(dtype, scale, b, s, h, d):
+    """Twice the error of eager PyTorch's at most, small scores or large ones."""
+    x = torch.randn(b, s, 3, h, d, generator=torch.Generator().manual_seed(8))
+    x[:, :, :2] *= scale
+    x, grad = x.to(dtype).requires_grad_(), torch.randn(b * s, h * d, generator=torch.Generator().manual_seed(9))
+    wide = x.detach().double().requires_grad_()
+
+    def eager(x):
+        out = torch.nn.functional.scaled_dot_product_attention(*x.permute(2, 0, 3, 1, 4), is_causal=True)
+        return out.transpose(1, 2).reshape(b * s, -1)
+
+    (true,) = torch.autograd.grad(eager(wide), wide, grad.to(dtype).double())
+    (theirs,) = torch.autograd.grad(eager(x), x, grad.to(dtype))
+    (found,) = torch.autograd.grad(gptj_attention._causal(x), x, grad.to(dtype))
+    for part in range(3):
+        errors = [(y.double() - true)[:, :, part].norm() for y in (found, theirs)]
+        assert errors[0] <= 2 * errors[1]
+
+
+def test_gradient_of_attention_is_not_differentiated_again():
+    x = torch.randn(2, 5, 3, 2, 8).bfloat16().requires_grad_()
+    out = gptj_attention._causal(x)
+    (gradient,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(out.sum() + gradient.square().sum(), x)
+
+
+@pytest.mark.parametrize("lengths", [[32] + [1] * 200, [90, 70, 60, 33, 16, 15, 2, 1, 1], [5]])
+def test_padding_is_bounded(lengths):
+    groups = gptj_attention._alike(lengths)
+    assert sorted(row for rows in groups for row in rows) == list(range(len(lengths)))
+    for rows in groups:
+        longest = lengths[rows[0]]
+        assert all(lengths[row] * (4 if longest > 32 else 2) >= longest * (3 if longest > 32 else 1) for row in rows)
 
 
 @pytest.mark.parametrize("pieces", [(1,) * 12, (5, 7), (4, 1, 1, 6), (11, 1)])

@@ -168,6 +168,19 @@ def test_bad_calls_are_one_line(limber, theirs):
         Limber(None, limber.language_model, width=D).caption(features)
 
 
+def test_prompts_before_captions(limber):
+    features = features_of(2)
+    for prompt in (["A picture of"], b"A", None, 5):
+        with pytest.raises(TypeError, match="Limber: prompt must be a text"):
+            limber(features, ["a", "b"], prompt=prompt)
+    room = limber.language_model.config.n_positions - K - 1
+    assert limber.loss(features, ["a", "bc"], prompt="x" * (room - 1))[1] == 4  # one token of each, and the end
+    with pytest.raises(ValueError, match=r"prompt must leave room for a caption in n_positions = 96; got 95 tokens"):
+        limber(features, ["a", "b"], prompt="x" * room)
+    with pytest.raises(ValueError, match="captions must be at least one; got none"):
+        limber(features[:0], [])
+
+
 def test_what_is_empty_or_no_list(limber):
     features = features_of(2)
     assert limber.caption([]) == [] == limber.caption(features[:0]) == limber.answer(features[:0], [])
