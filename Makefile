@@ -22,7 +22,8 @@ SOURCES := pyproject.toml setup.py MANIFEST.in $(shell find csrc -type f)
 SITE = $(shell $(PYTHON) -c 'import importlib.util as u; print("--system-site-packages" * bool(u.find_spec("torch")))')
 
 # A venv is ours only while its stamp, written last, names this folder and this interpreter: one half made, moved here
-# or made with another PYTHON is made anew. One whose sources changed is installed into again.
+# or made with another PYTHON is made anew. One whose sources changed is installed into again. Python
+# compiles a module when it is first imported; of the thousands in torch and transformers most never are.
 ORIGIN := $(CURDIR) $(PYTHON)
 ifneq ($(ORIGIN),$(shell cat $(STAMP) 2>/dev/null))
 $(shell rm -f $(STAMP))
@@ -71,5 +72,5 @@ clean:
 
 $(STAMP): $(SOURCES)
 	test -e $@ || $(PYTHON) -m venv --clear $(SITE) $(VENV)
-	$(RUN) -m pip install --quiet -e '.[demo,bench,test,dev]'
+	$(RUN) -m pip install --quiet --no-compile -e '.[demo,bench,test,dev]'
 	echo '$(ORIGIN)' > $@
