@@ -26,7 +26,7 @@ from limber_fast.training.drawings import Drawings
 from limber_fast.training.projection import PROMPT, spread
 
 SHOTS = (0, 1, 2, 4)
-ASKED = 250  # questions of a kind
+ASKED = 200  # questions of a kind
 BATCH = 128
 Progress = Callable[[int], None]
 TextScorer = tuple[SmallClip, WordTokenizer]  # a CLIP that is no captioner's encoder
