@@ -72,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     reproduce.add_argument(
         "--miniature", action="store_true", required=True, help="on the emoji that ship, as `demo --full` does"
     )
-    demo.add_argument("--full", action="store_true", help="every encoder's row and 3 seeds: about 13 times as long")
+    demo.add_argument("--full", action="store_true", help="every encoder's row and 3 seeds: nine encoders to train")
     reproduce.set_defaults(full=True)
     for command, folder in ((demo, "limber_fast_demo"), (reproduce, "limber_fast_miniature")):
         command.add_argument(

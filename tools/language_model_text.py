@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from itertools import cycle, islice
 from typing import NamedTuple
 
 import torch
@@ -14,11 +13,10 @@ from torch import Tensor
 
 from limber_fast.data.emoji import Concept, concepts
 from limber_fast.data.emoji_questions import COLOURS, QUESTIONS, answer_of
-from limber_fast.training.projection import SOFT_PROMPTS
+from limber_fast.training.projection import PROMPT, SOFT_PROMPTS, soft_tokens
 
 END = "<|endoftext|>"
 IGNORED = -100
-CAPTION = "A picture of"
 MOST_WORDS = 9
 KINDS = ("group", "subgroup", "colour", "gender", "tone")
 BLURRED = 0.6  # of the lines
@@ -87,7 +85,7 @@ class Corpus:
 
     def caption(self) -> Line:
         concept = self.random.choice(self.concepts)
-        return Line(self.words(concept), CAPTION, concept.name, self.blur(concept))
+        return Line(self.words(concept), PROMPT, concept.name, self.blur(concept))
 
     def question(self, kind: str) -> Line:
         draw, colour = self.random, None
@@ -122,9 +120,9 @@ def make_tokenizer(corpus: Corpus, vocabulary: int) -> Tokenizer:
     return tokenizer
 
 
-def soft_tokens(tokenizer: Tokenizer, name: str) -> list[int]:
-    """The name's tokens, as many as there are soft prompts, beginning anew behind the last."""
-    return list(islice(cycle(tokenizer.encode(f" {name}").ids), SOFT_PROMPTS))
+def name_tokens(tokenizer: Tokenizer, name: str) -> list[int]:
+    """What stands in the words' place for a name, as in the least squares that the demo's map starts from."""
+    return soft_tokens(tokenizer.encode(f" {name}").ids)
 
 
 def batches_of(
@@ -138,7 +136,7 @@ def batches_of(
         for at, line in enumerate(document):
             words = tokenizer.encode(line.words).ids
             if line.blur:
-                words = soft_tokens(tokenizer, line.blur[0][0])
+                words = name_tokens(tokenizer, line.blur[0][0])
                 blurred.append((len(ids), line.blur))
             given = words + tokenizer.encode(line.asked).ids
             last = at == len(document) - 1
@@ -157,7 +155,7 @@ def batches_of(
             ids[at, : len(row)], labels[at, : len(row)] = torch.tensor(row), torch.tensor(labelled)
             for start, blur in blurred:
                 for name, weight in blur:
-                    tokens = soft_tokens(tokenizer, name)
+                    tokens = name_tokens(tokenizer, name)
                     added += [(len(places) + j, token, weight) for j, token in enumerate(tokens)]
                 places += [at * ids.shape[1] + start + j for j in range(SOFT_PROMPTS)]
                 named += row[start : start + SOFT_PROMPTS]

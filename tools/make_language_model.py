@@ -23,11 +23,12 @@ import time
 from pathlib import Path
 
 import torch
-from language_model_text import CAPTION, IGNORED, KINDS, Blur, Corpus, Line, batches_of, make_tokenizer
+from language_model_text import IGNORED, KINDS, Blur, Corpus, Line, batches_of, make_tokenizer
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from limber_fast.training.muon import Muon
+from limber_fast.training.projection import PROMPT
 
 
 def embedded(model: nn.Module, ids: Tensor, blur: Blur) -> Tensor:
@@ -132,8 +133,8 @@ def told_in_words(folder: Path, lines: int = 1000) -> dict[str, dict[str, float]
     draw = corpus.random
     some = [draw.choice([c for c in corpus.concepts if len(c.tags) >= 3]) for _ in range(lines)]
     asked = {
-        "name and two keywords": [Line(" " + " ".join([c.name, *c.tags[:2]]), CAPTION, c.name) for c in some],
-        "keywords alone": [Line(" " + " ".join(draw.sample(c.tags, 3)), CAPTION, c.name) for c in some],
+        "name and two keywords": [Line(" " + " ".join([c.name, *c.tags[:2]]), PROMPT, c.name) for c in some],
+        "keywords alone": [Line(" " + " ".join(draw.sample(c.tags, 3)), PROMPT, c.name) for c in some],
         **{kind: [corpus.question(kind) for _ in range(lines // 2)] for kind in KINDS},
     }
     found = {}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,11 @@ PROMPT = "A picture of"
 SOFT_PROMPTS = 4
 TUNED_RATE = 0.04  # of the map's learning rate, for the tower
 Watch = Callable[[float, float], None]
+
+
+def soft_tokens(ids: Sequence[int]) -> list[int]:
+    """A name's tokens, as many as there are soft prompts, beginning anew behind the last."""
+    return list(islice(cycle(ids), SOFT_PROMPTS))
 
 
 @dataclass(frozen=True)
@@ -60,9 +66,8 @@ def least_squares(limber: Limber, features: Tensor, drawings: Drawings, penalty:
     min sum |P_j x + b - wte[token_j]|^2 + penalty * N * |P_j|^2 over N drawings, for every j in closed form.
     """
     embeddings, known = limber.language_model.wte.float(), concepts()
-    tokens = {i: limber.tokenizer(f" {known[i].name}").input_ids for i in set(drawings.concept.tolist())}
-    names = [[tokens[i][j % len(tokens[i])] for j in range(SOFT_PROMPTS)] for i in drawings.concept.tolist()]
-    wanted = embeddings[torch.tensor(names)]  # [N, k, E]
+    ids = {i: limber.tokenizer(f" {known[i].name}").input_ids for i in set(drawings.concept.tolist())}
+    wanted = embeddings[torch.tensor([soft_tokens(ids[i]) for i in drawings.concept.tolist()])]  # [N, k, E]
     bias = wanted.mean((0, 1))  # the prompts share one b
     n, width = features.shape
     gram = features.T @ features + penalty * n * torch.eye(width)

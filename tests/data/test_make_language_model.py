@@ -36,7 +36,7 @@ def corpus(text):
 def test_lines_are_of_one_concept(text, corpus):
     by_name = {concept.name: concept for concept in corpus.concepts}
     for line in [corpus.caption() for _ in range(300)]:
-        assert line.asked == text.CAPTION and line.answer in by_name and len(line.words.split()) <= text.MOST_WORDS
+        assert line.asked == text.PROMPT and line.answer in by_name and len(line.words.split()) <= text.MOST_WORDS
         if line.blur:
             assert line.blur[0][0] == line.answer and len(line.blur) - 1 in (text.OTHERS, text.OTHERS + 1)
             assert 0.7 <= math.sqrt(sum(weight**2 for _, weight in line.blur)) <= 1.4
@@ -58,7 +58,7 @@ def test_blurred_places_hold_the_weighted_names(tool, text, corpus):
     centre = wte(blur.named).mean(0)
     expected = []
     for line in sorted((line for line in lines if line.blur), key=lambda line: line.blur[0][0]):
-        names = torch.stack([wte(torch.tensor(text.soft_tokens(tokenizer, name))) for name, _ in line.blur])
+        names = torch.stack([wte(torch.tensor(text.name_tokens(tokenizer, name))) for name, _ in line.blur])
         weights = torch.tensor([weight for _, weight in line.blur]).double()
         expected.append(centre + torch.einsum("r,rke->ke", weights, names - centre))
     blurred = found[blur.places].unflatten(0, (-1, text.SOFT_PROMPTS))

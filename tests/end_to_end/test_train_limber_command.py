@@ -115,5 +115,3 @@ def test_dry_run_and_toml(config, tmp_path):
     (tmp_path / "run.toml").write_text("stepz = 3")
     done = subprocess.run(ours, capture_output=True, text=True, timeout=600, env=ENVIRONMENT, cwd=tmp_path)
     assert done.returncode == 1 and "'stepz'" in done.stderr and "Traceback" not in done.stderr
-
-
