@@ -23,7 +23,9 @@ SITE = $(shell $(PYTHON) -c 'import importlib.util as u; print("--system-site-pa
 
 # A venv is ours only while its stamp, written last, names this folder and this interpreter: one half made, moved here
 # or made with another PYTHON is made anew. One whose sources changed is installed into again. Python
-# compiles a module when it is first imported; of the thousands in torch and transformers most never are.
+# compiles a module when it is first imported, for every later process (of the thousands in torch and transformers most
+# never are): a caller's wish to keep no bytecode would have each process compile them again, 5 of its 9 seconds.
+unexport PYTHONDONTWRITEBYTECODE
 ORIGIN := $(CURDIR) $(PYTHON)
 ifneq ($(ORIGIN),$(shell cat $(STAMP) 2>/dev/null))
 $(shell rm -f $(STAMP))

@@ -1,19 +1,19 @@
 """Time and peak memory of the loss, eager against limber_fast, each point in a process of its own.
 
 A process of its own, because peak memory is a property of a process and an allocator keeps what an earlier point used.
+All are forked from one that has imported torch and started no thread: a point costs no start-up.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
+import multiprocessing
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 SIZES = (1024, 2048, 4096, 8192, 16384, 32768)
@@ -92,7 +92,7 @@ def sweep(threads: int, budget_seconds: float, backend: str = "auto") -> Iterato
                 if reason:
                     yield Point(**{**asdict(point), "skipped": reason})
                     continue
-                point = _in_subprocess(point, threads, backend)
+                point = _in_process(point, threads, backend)
                 if point.seconds is not None:
                     took[dtype, implementation] = (n, point.seconds)
                 yield point
@@ -111,15 +111,29 @@ def _no_time(earlier: tuple[int, float] | None, n: int, left: float) -> str:
     return f"would take about {predicted:.0f} s, {max(left, 0):.0f} s are left" if predicted > left else ""
 
 
-def _in_subprocess(point: Point, threads: int, backend: str) -> Point:
-    command = [sys.executable, "-m", __name__, str(point.n), point.dtype, point.implementation]
-    done = subprocess.run(
-        [*command, "--threads", str(threads), "--backend", backend], capture_output=True, text=True, check=False
+def _in_process(point: Point, threads: int, backend: str) -> Point:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "limber_fast"])
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(
+        target=_send, args=(send, point.n, point.dtype, point.implementation, threads, backend), daemon=True
     )
-    if done.returncode:
-        words = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return Point(**{**asdict(point), "skipped": f"failed: {words}"})
-    return Point(**{**asdict(point), **json.loads(done.stdout.splitlines()[-1])})
+    process.start()
+    send.close()
+    try:
+        found = receive.recv()
+    except EOFError:  # the process was killed, by want of memory more likely than not
+        process.join()
+        found = {"skipped": f"failed: exit code {process.exitcode}"}
+    process.join()
+    return Point(**{**asdict(point), **found})
+
+
+def _send(result: Connection, *arguments) -> None:
+    try:
+        result.send(measure(*arguments))
+    except Exception as error:
+        result.send({"skipped": f"failed: {error}"})
 
 
 def _reset_peak() -> float:
@@ -145,18 +159,3 @@ def _available_bytes() -> int | None:
     except OSError:
         return None
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("n", type=int)
-    parser.add_argument("dtype", choices=DTYPES)
-    parser.add_argument("implementation", choices=IMPLEMENTATIONS)
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--backend", default="auto")
-    arguments = parser.parse_args()
-    print(json.dumps(measure(**vars(arguments))))
-
-
-if __name__ == "__main__":
-    main()
