@@ -15,6 +15,7 @@ BUILDS ?= first
 BENCH ?=
 
 RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --no-compile
 STAMP := $(VENV)/.installed
 SOURCES := pyproject.toml setup.py MANIFEST.in $(shell find csrc -type f)
 
@@ -72,7 +73,9 @@ gpu-matrix: $(STAMP)
 clean:
 	rm -rf $(VENV) build dist *.egg-info limber_fast/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
 
+# The native modules compile while the packages arrive.
 $(STAMP): $(SOURCES)
 	test -e $@ || $(PYTHON) -m venv --clear $(SITE) $(VENV)
-	$(RUN) -m pip install --quiet --no-compile -e '.[demo,bench,test,dev]'
+	$(PIP) --no-deps -e . & building=$$!; $(RUN) tools/requirements.py demo bench test dev | $(PIP) -r /dev/stdin; \
+	installed=$$?; wait $$building && exit $$installed
 	echo '$(ORIGIN)' > $@

@@ -40,7 +40,7 @@ def cpu_extension(isa: str) -> Extension:
     """One instruction set of the CPU sources."""
     return Extension(
         f"limber_fast._cpu_{isa}",
-        sources=sorted(str(path) for path in Path("csrc/bindings").glob("cpu*.cpp")),
+        sources=["csrc/bindings/cpu.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))],
         depends=[*HEADERS, "setup.py"],
         include_dirs=["csrc", pybind11.get_include()],
         define_macros=[(f"LIMBER_ISA_{isa.upper()}", "1"), ("LIMBER_MODULE", f"_cpu_{isa}")],
@@ -162,8 +162,8 @@ setup(
     },
     include_package_data=False,
     ext_modules=[
-        *(cpu_extension(isa) for isa in (ISA_FLAGS if X86 else ["baseline"])),
         CudaExtension(os.environ.get("LIMBER_FAST_CUDA", "auto")),
+        *(cpu_extension(isa) for isa in (ISA_FLAGS if X86 else ["baseline"])),
     ],
     cmdclass={"build_ext": BuildExt},
 )

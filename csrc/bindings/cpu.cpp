@@ -1,4 +1,4 @@
-// The CPU module: what the machine has and can do, and the kernels of each op (cpu_<stem>.cpp). Built once per
+// The CPU module: what the machine has and can do, and the kernels of each op (cpu_<stem>.h). Built once per
 // instruction set; see setup.py.
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
@@ -9,7 +9,11 @@
 #endif
 
 #include "../cpu/ceilings.h"
-#include "cpu.h"
+#include "cpu_frozen_cross_entropy.h"
+#include "cpu_info_nce.h"
+#include "cpu_int8_linear.h"
+#include "cpu_prefix_attention.h"
+#include "cpu_project_concat.h"
 
 using namespace limber;
 

@@ -1,5 +1,5 @@
-// pybind11 bindings of the CPU kernels: raw pointers, sizes and strides. One source per op, so that they compile side
-// by side.
+// pybind11 bindings of the CPU kernels: raw pointers, sizes and strides. One header per op, one source
+// for all: pybind11 alone takes 5 s to compile, as long as most kernels.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -20,11 +20,5 @@ inline Dtype dtype_from(const std::string& name) {
   if (name == "float16") return Dtype::f16;
   throw py::value_error("dtype must be float32, bfloat16 or float16; got " + name);
 }
-
-void bind_frozen_cross_entropy(py::module_& m);
-void bind_info_nce(py::module_& m);
-void bind_int8_linear(py::module_& m);
-void bind_prefix_attention(py::module_& m);
-void bind_project_concat(py::module_& m);
 
 }  // namespace limber

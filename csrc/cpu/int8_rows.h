@@ -8,6 +8,7 @@
 
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "int8_dot.h"
@@ -227,5 +228,14 @@ class Int8Rows {
   std::vector<int32_t> columns_;
   Buffer<float> values_;
 };
+
+// The calling thread's tiles, where rows are multiplied on tiles.
+inline auto tile_session([[maybe_unused]] const Int8Rows& rows) {
+#if defined(LIMBER_ISA_AMX)
+  return std::unique_ptr<TileSession>(rows.tiles ? new TileSession : nullptr);
+#else
+  return nullptr;
+#endif
+}
 
 }  // namespace limber

@@ -53,6 +53,7 @@ class VectorAttention {
     int64_t d = 0;
     for (; d + MOST * W <= p.D; d += MOST * W) columns<MOST>(d, n, keys, part.base, fresh, keep);
     for (; d + 2 * W <= p.D; d += 2 * W) columns<2>(d, n, keys, part.base, fresh, keep);
+    for (; d < p.D; d += W) columns<1>(d, n, keys, part.base, fresh, keep);
   }
 
   // <q, key> of W keys.

@@ -24,4 +24,8 @@ struct FrozenCrossEntropyParams {
   const float* d_losses;
 };
 
+// Of the CPU: csrc/cpu/frozen_cross_entropy.cpp.
+void frozen_cross_entropy_fwd(const FrozenCrossEntropyParams& p);
+void frozen_cross_entropy_bwd(const FrozenCrossEntropyParams& p);
+
 }  // namespace limber

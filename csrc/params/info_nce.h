@@ -36,4 +36,8 @@ struct InfoNceParams {
   void *d_image, *d_text, *d_extra;  // backward outputs, null where not wanted
 };
 
+// Of the CPU: csrc/cpu/info_nce.cpp.
+void info_nce_fwd(const InfoNceParams& p);
+void info_nce_bwd(const InfoNceParams& p);
+
 }  // namespace limber

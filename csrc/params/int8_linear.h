@@ -35,4 +35,8 @@ struct Int8LinearParams {
   void* d_x;                   // [M, K]
 };
 
+// Of the CPU: csrc/cpu/int8_linear.cpp.
+void int8_linear_fwd(const Int8LinearParams& p);
+void int8_linear_bwd(const Int8LinearParams& p);
+
 }  // namespace limber

@@ -50,4 +50,7 @@ inline int64_t prefix_attention_slots(int64_t table_width, int64_t page_size, in
 }
 void prefix_attention_cuda(PrefixAttentionLaunch p);
 
+// Of the CPU: csrc/cpu/prefix_attention.cpp.
+void prefix_attention_fwd(const PrefixAttentionParams& p);
+
 }  // namespace limber

@@ -42,4 +42,8 @@ struct ProjectConcatParams {
   float *d_ln_weight, *d_ln_bias;        // [E]
 };
 
+// Of the CPU: csrc/cpu/project_concat.cpp.
+void project_concat_fwd(const ProjectConcatParams& p);
+void project_concat_bwd(const ProjectConcatParams& p);
+
 }  // namespace limber

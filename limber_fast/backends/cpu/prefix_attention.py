@@ -10,14 +10,14 @@ from torch import Tensor
 from limber_fast import native
 from limber_fast.backends.cpu.tensors import DTYPES, address, threads, unknown_dtype
 
-_MOST_DIMENSIONS = 256
+_DIMENSIONS, _MOST_DIMENSIONS = 16, 256  # a vector of the widest instruction set; MAX_HEAD_DIM
 
 
 def prefix_attention_supports(request: Any) -> str | None:
     if reason := unknown_dtype(request.dtype):
         return reason
-    if request.D % 32 or request.D > _MOST_DIMENSIONS:
-        return f"takes heads of 32, 64, ... {_MOST_DIMENSIONS} dimensions; got {request.D}"
+    if request.D % _DIMENSIONS or request.D > _MOST_DIMENSIONS:
+        return f"takes heads of {_DIMENSIONS}, {2 * _DIMENSIONS}, ... {_MOST_DIMENSIONS} dimensions; got {request.D}"
     native.cpu()
     return None
 

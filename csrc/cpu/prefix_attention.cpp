@@ -3,7 +3,6 @@
 // Sequences with many new tokens go block by block over all that they see. The others (decode) go run by run of shared
 // tokens, read once for the rows of all members, and then over what each reads alone; parts of at most SPLIT tokens,
 // by position, so that a result depends neither on the threads nor on the batch but for the rounding of a merge.
-#pragma once
 #include <optional>
 
 #include "prefix_attention_matrix.h"
@@ -180,7 +179,7 @@ class PrefixAttentionForward {
   Buffer<float> sums_;
 };
 
-inline void prefix_attention_fwd(const PrefixAttentionParams& p) {
+void prefix_attention_fwd(const PrefixAttentionParams& p) {
   if (!p.T) return;
 #if defined(LIMBER_ISA_AMX)
   using Wide = Split<3>;  // fp16 too: of two parts the product of the small ones is dropped, 0.1 of a logit of 1e4

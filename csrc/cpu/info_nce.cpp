@@ -1,5 +1,4 @@
 // Entry points of info_nce on the CPU: the arithmetic that the build and the inputs ask for.
-#pragma once
 #include "info_nce_bwd.h"
 #include "info_nce_fwd.h"
 
@@ -48,7 +47,7 @@ inline bool split_gradients(const InfoNceParams& p) {
 }
 #endif
 
-inline void info_nce_fwd(const InfoNceParams& p) {
+void info_nce_fwd(const InfoNceParams& p) {
   const auto run = [&](auto op) { InfoNceForward<decltype(op)>(p).run(); };
 #if defined(LIMBER_ISA_AMX)
   const bool split = split_towers(p);
@@ -57,7 +56,8 @@ inline void info_nce_fwd(const InfoNceParams& p) {
 #endif
   with_arithmetic(p.dtype, run);
 }
-inline void info_nce_bwd(InfoNceParams p) {
+void info_nce_bwd(const InfoNceParams& params) {
+  InfoNceParams p = params;
   const auto run = [&](auto op) { InfoNceBackward<decltype(op)>(p).run(); };
 #if defined(LIMBER_ISA_AMX)
   const int32_t* kept = CacheMemory(p).split;

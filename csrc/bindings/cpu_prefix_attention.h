@@ -1,11 +1,11 @@
 // Bindings of prefix_attention on the CPU.
-#include "../cpu/prefix_attention.h"
-
+#pragma once
+#include "../params/prefix_attention.h"
 #include "cpu.h"
 
 namespace limber {
 
-void bind_prefix_attention(py::module_& m) {
+inline void bind_prefix_attention(py::module_& m) {
   m.def(
       "prefix_attention_fwd",
       [](uintptr_t q, uintptr_t k, uintptr_t v, int64_t q_stride, int64_t k_stride, int64_t v_stride, uintptr_t pages,

@@ -1,22 +1,10 @@
 // Entry points of int8_linear on the CPU: y = activation(x W^T + bias) + residual and dx = dy W, W = scales * integers.
-#pragma once
-#include <memory>
-
 #include "int8_linear_bwd.h"
 #include "int8_linear_fwd.h"
 
 namespace limber {
 
-// The calling thread's tiles, where rows are multiplied on tiles.
-inline auto tile_session([[maybe_unused]] const Int8Rows& rows) {
-#if defined(LIMBER_ISA_AMX)
-  return std::unique_ptr<TileSession>(rows.tiles ? new TileSession : nullptr);
-#else
-  return nullptr;
-#endif
-}
-
-inline void int8_linear_fwd(const Int8LinearParams& p) {
+void int8_linear_fwd(const Int8LinearParams& p) {
   if (!p.M) return;
   for (void* to : {p.out, p.preactivation})
     if (to) advise_huge_pages(to, p.M * p.N * size_of(p.dtype));
@@ -39,7 +27,7 @@ inline void int8_linear_fwd(const Int8LinearParams& p) {
   }
 }
 
-inline void int8_linear_bwd(const Int8LinearParams& p) {
+void int8_linear_bwd(const Int8LinearParams& p) {
   if (!p.M) return;
   advise_huge_pages(p.d_x, p.M * p.K * size_of(p.dtype));
   Int8Rows rows(p.M, p.N, 2, p.threads, Int8LinearBackward::CHUNK);

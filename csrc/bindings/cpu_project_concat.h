@@ -1,11 +1,11 @@
 // Bindings of project_concat on the CPU.
-#include "../cpu/project_concat.h"
-
+#pragma once
+#include "../params/project_concat.h"
 #include "cpu.h"
 
 namespace limber {
 
-void bind_project_concat(py::module_& m) {
+inline void bind_project_concat(py::module_& m) {
   const auto projection = [](uintptr_t features, uintptr_t weight, uintptr_t bias, uintptr_t ln_weight,
                              uintptr_t ln_bias, uintptr_t positions, int64_t n_images, int64_t k, int64_t D, int64_t E,
                              int64_t image_stride, int64_t row_stride, int64_t weight_stride, const std::string& dtype,

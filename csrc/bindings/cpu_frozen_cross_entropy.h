@@ -1,11 +1,11 @@
 // Bindings of frozen_cross_entropy on the CPU.
-#include "../cpu/frozen_cross_entropy.h"
-
+#pragma once
+#include "../params/frozen_cross_entropy.h"
 #include "cpu.h"
 
 namespace limber {
 
-void bind_frozen_cross_entropy(py::module_& m) {
+inline void bind_frozen_cross_entropy(py::module_& m) {
   const auto rows = [](int64_t M, int64_t D, const std::string& dtype, uintptr_t labels, int64_t ignore_index,
                        uintptr_t d_hidden, int threads) {
     FrozenCrossEntropyParams p{};

@@ -1,11 +1,11 @@
 // Bindings of int8_linear on the CPU.
-#include "../cpu/int8_linear.h"
-
+#pragma once
+#include "../params/int8_linear.h"
 #include "cpu.h"
 
 namespace limber {
 
-void bind_int8_linear(py::module_& m) {
+inline void bind_int8_linear(py::module_& m) {
   const auto weight = [](int64_t M, int64_t N, int64_t K, const std::string& dtype, uintptr_t packed, uintptr_t scales,
                          int threads) {
     Int8LinearParams p{};

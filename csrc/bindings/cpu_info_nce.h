@@ -1,11 +1,11 @@
 // Bindings of info_nce on the CPU.
-#include "../cpu/info_nce.h"
-
+#pragma once
+#include "../params/info_nce.h"
 #include "cpu.h"
 
 namespace limber {
 
-void bind_info_nce(py::module_& m) {
+inline void bind_info_nce(py::module_& m) {
   const auto common = [](uintptr_t image, uintptr_t text, uintptr_t extra, int64_t N, int64_t M, int64_t K, int64_t D,
                          int64_t image_stride, int64_t text_stride, int64_t extra_stride, const std::string& dtype,
                          double scale, double bias, double label_smoothing, bool normalize, bool sigmoid, bool columns,

@@ -9,9 +9,9 @@
 // The label's own exponential stays out of sums and products: with S = sum of e^z over the others and t = log S - z_y,
 //   loss = log(1 + e^t),   d loss / d hidden = sigmoid(t) (sum of e^z_v W_v over the others / S - W_y),
 // so that what is small, the loss and the gradient of a token that is all but certain, keeps its relative precision.
-#pragma once
 #include "../params/frozen_cross_entropy.h"
-#include "int8_linear.h"
+#include "int8_linear_bwd.h"
+#include "int8_linear_fwd.h"
 
 namespace limber {
 
@@ -151,9 +151,9 @@ class FrozenCrossEntropy {
   Buffer<float> logits_, sums_;  // [T, chunk]; [T, D]: of e^(z - maximum) W
 };
 
-inline void frozen_cross_entropy_fwd(const FrozenCrossEntropyParams& p) { FrozenCrossEntropy(p).run(); }
+void frozen_cross_entropy_fwd(const FrozenCrossEntropyParams& p) { FrozenCrossEntropy(p).run(); }
 
-inline void frozen_cross_entropy_bwd(const FrozenCrossEntropyParams& p) {
+void frozen_cross_entropy_bwd(const FrozenCrossEntropyParams& p) {
   const int64_t bytes = p.D * size_of(p.dtype);
   advise_huge_pages(p.d_hidden, p.M * bytes);
 #pragma omp parallel for num_threads(p.threads) schedule(static)

@@ -1,5 +1,4 @@
 // Entry points of project_concat on the CPU: the arithmetic that the build and the inputs ask for.
-#pragma once
 #include "project_concat_bwd.h"
 #include "project_concat_fwd.h"
 
@@ -14,10 +13,10 @@ void with_finite_arithmetic([[maybe_unused]] const ProjectConcatParams& p, F f) 
   with_arithmetic(p.dtype, f);
 }
 
-inline void project_concat_fwd(const ProjectConcatParams& p) {
+void project_concat_fwd(const ProjectConcatParams& p) {
   with_finite_arithmetic(p, [&](auto op) { return ProjectConcatForward<decltype(op)>(p).run(); });
 }
-inline void project_concat_bwd(const ProjectConcatParams& p) {
+void project_concat_bwd(const ProjectConcatParams& p) {
   with_finite_arithmetic(p, [&](auto op) { return ProjectConcatBackward<decltype(op)>(p).run(); });
 }
 
