@@ -59,7 +59,7 @@ gpu: $(STAMP)
 	@$(RUN) -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; missing=$$?; set -ex; \
 	if [ $$missing = 0 ]; then $(RUN) -m pytest -m cuda; \
 	  LIMBER_FAST_AUTOTUNE=1 $(RUN) -m limber_fast bench -k cuda $(BENCH); \
-	else $(RUN) -m pytest tests/gpu; fi; \
+	else LIMBER_FAST_GPU_BUILDS=first $(RUN) -m pytest tests/gpu; fi; \
 	$(RUN) -m limber_fast bench --modelled -k plain-bf16
 	@$(RUN) -c 'import torch; torch.cuda.is_available() or print("make gpu: no CUDA device: the kernels were compiled", \
 	"and checked, nothing was run on a GPU")'

@@ -13,6 +13,7 @@ pytest.importorskip("open_clip")
 
 from limber_fast.data import emoji
 from limber_fast.evaluation.emoji import Evaluation, Example
+from limber_fast.report import loss_timing
 from limber_fast.report.demo import ROW_NAMES, write_report
 
 SHARES = {"top1": 10.0, "top5": 30.0}
@@ -36,3 +37,9 @@ def test_page_credits_every_vendor(tmp_path):
     assert len(emoji.credits()) == len(emoji.STYLES)
     for line in emoji.credits():
         assert html.escape(line) in page
+
+
+def test_a_point_of_the_loss_that_fails_says_why():
+    good, bad = (next(loss_timing.sweep(1, 60, backend)) for backend in ("auto", "abacus"))
+    assert good.seconds > 0 and good.peak_mib > 0 and not good.skipped
+    assert bad.seconds is None and "abacus" in bad.skipped

@@ -1,8 +1,9 @@
 """Every build that a launcher can ask for passes the gate on every chip: shared memory, spills, registers, tensor
 cores, 64-bit offsets.
 
-By default the first build of each kernel; all of them with `make test-gpu-full` or LIMBER_FAST_GPU_BUILDS=all, as
-`make gpu-matrix BUILDS=all` sets it.
+By default the first build of each kernel on sm_90: a chip takes half a minute, and other tests compile and execute the
+kernels for sm_80 too. With LIMBER_FAST_GPU_BUILDS=first, as `make gpu` and `make gpu-matrix` set it, on every chip; all
+builds with `make test-gpu-full` or LIMBER_FAST_GPU_BUILDS=all, as `make gpu-matrix BUILDS=all` sets it.
 """
 
 from __future__ import annotations
@@ -16,8 +17,13 @@ from limber_fast.kernels import catalogue
 from limber_fast.kernels.catalogue import TARGETS, Case
 from limber_fast.report.aot import gate, pool
 
-ASKED = os.environ.get("LIMBER_FAST_GPU_BUILDS") == "all"
-ALL = pytest.param("all", marks=() if ASKED else pytest.mark.slow_gpu)
+ASKED = os.environ.get("LIMBER_FAST_GPU_BUILDS", "")
+BY_DEFAULT = {"": [("first", "sm_90")], "first": [("first", target) for target in TARGETS]}
+BUILDS = [(which, target) for which in ("first", "all") for target in TARGETS]
+BUILDS = [
+    pytest.param(*build, marks=() if build in BY_DEFAULT.get(ASKED, BUILDS) else pytest.mark.slow_gpu)
+    for build in BUILDS
+]
 
 
 def chosen(target: str, which: str) -> Iterator[tuple[str, int, Case]]:
@@ -30,8 +36,7 @@ def chosen(target: str, which: str) -> Iterator[tuple[str, int, Case]]:
             seen.add(case.kernel)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("which", ["first", ALL])
+@pytest.mark.parametrize(("which", "target"), BUILDS)
 def test_builds_pass_the_gate(which, target):
     builds = list(chosen(target, which))
     list(pool.compile_ahead(target, [(file, position) for file, position, _ in builds]))

@@ -99,7 +99,10 @@ def test_shared_prefixes(engine, poisoned, fork, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dims, rotary_dims", [(256, 64), (256, 0), (96, 96), (48, 16), (16, 8), (208, 0), (128, 2), (40, 6), (320, 64)])
+@pytest.mark.parametrize(
+    "dims, rotary_dims",
+    [(256, 64), (256, 0), (96, 96), (48, 16), (16, 8), (208, 0), (128, 2), (40, 6), (320, 64)],
+)
 def test_head_dimensions(engine, poisoned, dims, rotary_dims, dtype):
     if engine != "eager" and (dims % 16 or dims > 256):
         pytest.skip("left to eager")
