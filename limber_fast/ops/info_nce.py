@@ -126,6 +126,8 @@ def info_nce(
         backward pass sends nothing. labels, extra_negatives, symmetric=False and reduction='none' are refused, as are
         weights in the sigmoid variant. Under torch.compile the graph breaks.
         Saved for backward: both towers of all ranks too, [2 N, D]; never N x N values, nor gradients of other ranks.
+
+    Returns:
         The loss, fp32 (fp64 for fp64 towers): 0-d, or [N] for reduction='none'. With return_stats, (loss, stats).
         Gradients reach the towers, extra_negatives, logit_scale and logit_bias; a frozen tower costs nothing.
         NaN and Inf propagate as in eager PyTorch. Results do not depend on the number of threads (own kernels).
