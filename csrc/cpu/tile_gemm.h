@@ -27,7 +27,8 @@ static inline __attribute__((always_inline)) void micro(int64_t K, const float* 
   }
 #pragma GCC unroll 2
   for (int64_t k = 0; k < K; k++, A += KS, B += NR) {
-    __builtin_prefetch(B + 16 * NR), __builtin_prefetch(B + 16 * NR + simd::W);
+    __builtin_prefetch(B + 16 * NR);
+    if (simd::W == 16) __builtin_prefetch(B + 16 * NR + simd::W);  // elsewhere the same line
     if (KS > 1) __builtin_prefetch(A + 16 * KS);
     simd::vec b0 = simd::load(B), b1 = simd::load(B + simd::W);
 #pragma GCC unroll 16
