@@ -73,9 +73,10 @@ gpu-matrix: $(STAMP)
 clean:
 	rm -rf $(VENV) build dist *.egg-info limber_fast/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
 
-# The native modules compile while the packages arrive.
+# The native modules compile while the packages arrive; a command in the background would not hear Ctrl-C.
 $(STAMP): $(SOURCES)
 	test -e $@ || $(PYTHON) -m venv --clear $(SITE) $(VENV)
-	$(PIP) --no-deps -e . & building=$$!; $(RUN) tools/requirements.py demo bench test dev | $(PIP) -r /dev/stdin; \
-	installed=$$?; wait $$building && exit $$installed
+	$(RUN) tools/requirements.py demo bench test dev > $(VENV)/requirements.txt
+	$(PIP) -r $(VENV)/requirements.txt & packages=$$!; trap 'kill $$packages; exit 130' INT TERM; \
+	$(PIP) --no-deps -e .; built=$$?; wait $$packages && exit $$built
 	echo '$(ORIGIN)' > $@

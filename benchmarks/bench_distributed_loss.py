@@ -129,7 +129,7 @@ def prepare(pair: Pair, workload: Workload) -> Trial:
 
     item = getattr(torch, dtype).itemsize
     # Of both ranks: two products forward and four backward, or two where the slabs are in the caches.
-    native_bf16 = dtype == "bfloat16" and native.cpu_isa() in ("avx512", "amx")
+    native_bf16 = dtype == "bfloat16" and native.cpu().bf16_products
     cached = min(1.0, 256 * 2**20 / (n * n * (2 if native_bf16 else 4)))
     return Trial(
         ours=lambda: (*pair("limber_fast", n, dtype), True),

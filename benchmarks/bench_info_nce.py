@@ -157,7 +157,7 @@ def prepare(workload: Workload) -> Trial:
 
 def flops(n: int, d: int, dtype: str, device: str, cache_mb: float) -> float:
     """Executed: one product forward, two backward, and the recomputation of those tiles that the cache cannot hold."""
-    native_bf16 = dtype == "bfloat16" and device == "cpu" and native.cpu_isa() in ("avx512", "amx")
+    native_bf16 = dtype == "bfloat16" and device == "cpu" and native.cpu().bf16_products
     cached = min(1.0, cache_mb * 2**20 / (n * n * (2 if native_bf16 else 4)))
     return (8 - 2 * cached) * n * n * d
 

@@ -37,7 +37,8 @@ class Ceilings:
         if device == "cuda":
             return f"torch GEMM {kind} on CUDA", self._cuda_gemm[kind]
         peaks = self._isa_peaks[isa]
-        if kind != "fp32" and peaks[kind]:
+        # Intel without AMX: dot products of bf16 are slower than multiply-adds of the same numbers in fp32.
+        if kind != "fp32" and peaks[kind] > (peaks["fp32"] if kind == "bf16" else 0):
             return f"{isa} {kind} dot products", peaks[kind]
         if isa == "amx" and peaks["bf16"] > 6 * peaks["fp32"]:
             return "amx bf16 dot products, six for one of fp32", peaks["bf16"] / 6

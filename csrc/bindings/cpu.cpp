@@ -48,6 +48,11 @@ py::dict cpu_features() {
 PYBIND11_MODULE(LIMBER_MODULE, m) {
   m.doc() = "limber_fast CPU kernels";
   m.attr("isa") = simd::name;
+#if defined(LIMBER_BF16_PAIRS)
+  m.attr("bf16_products") = pairs_pay();  // else bf16 operands are widened to fp32
+#else
+  m.attr("bf16_products") = false;
+#endif
   m.def("cpu_features", &cpu_features, "Instruction sets that this processor and its operating system support.");
   m.def(
       "cpu_peaks",

@@ -20,10 +20,8 @@ from limber_fast.report.aot import gate, pool
 ASKED = os.environ.get("LIMBER_FAST_GPU_BUILDS", "")
 BY_DEFAULT = {"": [("first", "sm_90")], "first": [("first", target) for target in TARGETS]}
 BUILDS = [(which, target) for which in ("first", "all") for target in TARGETS]
-BUILDS = [
-    pytest.param(*build, marks=() if build in BY_DEFAULT.get(ASKED, BUILDS) else pytest.mark.slow_gpu)
-    for build in BUILDS
-]
+CHOSEN = (BY_DEFAULT | {"all": BUILDS})[ASKED]
+BUILDS = [pytest.param(*build, marks=() if build in CHOSEN else pytest.mark.slow_gpu) for build in BUILDS]
 
 
 def chosen(target: str, which: str) -> Iterator[tuple[str, int, Case]]:

@@ -1,4 +1,4 @@
-"""frozen_cross_entropy: tensors to the parameters of csrc/cpu/frozen_cross_entropy.h."""
+"""frozen_cross_entropy: tensors to the parameters of csrc/params/frozen_cross_entropy.h."""
 
 from __future__ import annotations
 

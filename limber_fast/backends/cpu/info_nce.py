@@ -1,4 +1,4 @@
-"""info_nce: tensors to the parameters of csrc/cpu/info_nce.h."""
+"""info_nce: tensors to the parameters of csrc/params/info_nce.h."""
 
 from __future__ import annotations
 

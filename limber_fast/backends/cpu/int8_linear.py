@@ -1,4 +1,4 @@
-"""int8_linear: tensors to the parameters of csrc/cpu/int8_linear.h."""
+"""int8_linear: tensors to the parameters of csrc/params/int8_linear.h."""
 
 from __future__ import annotations
 

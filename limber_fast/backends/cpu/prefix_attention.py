@@ -1,4 +1,4 @@
-"""prefix_attention: tensors to the parameters of csrc/cpu/prefix_attention.h."""
+"""prefix_attention: tensors to the parameters of csrc/params/prefix_attention.h."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""project_concat: tensors to the parameters of csrc/cpu/project_concat.h."""
+"""project_concat: tensors to the parameters of csrc/params/project_concat.h."""
 
 from __future__ import annotations
 
