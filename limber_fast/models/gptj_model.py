@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from limber_fast import checks
-from limber_fast.models.gptj_attention import KVCache, cached_attention, differentiable_attention, rotations
+from limber_fast.models.gptj_attention import KVCache, cached_attention, rotations
+from limber_fast.models.gptj_causal import differentiable_attention
 from limber_fast.models.gptj_config import GPTJConfig
 from limber_fast.models.gptj_layers import Adapter, Block, FrozenLayerNorm, FrozenLinear, Precision
 from limber_fast.models.gptj_weights import small_normal_

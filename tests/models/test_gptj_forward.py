@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from gptj_cases import ids_of, transformers_gptj
 
 from limber_fast import GPTJ, GPTJConfig
-from limber_fast.models import gptj_attention
+from limber_fast.models import gptj_causal
 
 
 def lowest_cosine(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -136,7 +136,7 @@ def test_gradient_of_attention_in_16_bits(dtype, scale, b, s, h, d):
 
     (true,) = torch.autograd.grad(eager(wide), wide, grad.to(dtype).double())
     (theirs,) = torch.autograd.grad(eager(x), x, grad.to(dtype))
-    (found,) = torch.autograd.grad(gptj_attention._causal(x), x, grad.to(dtype))
+    (found,) = torch.autograd.grad(gptj_causal._causal(x), x, grad.to(dtype))
     for part in range(3):
         errors = [(y.double() - true)[:, :, part].norm() for y in (found, theirs)]
         assert errors[0] <= 2 * errors[1]
@@ -144,7 +144,7 @@ def test_gradient_of_attention_in_16_bits(dtype, scale, b, s, h, d):
 
 def test_gradient_of_attention_is_not_differentiated_again():
     x = torch.randn(2, 5, 3, 2, 8).bfloat16().requires_grad_()
-    out = gptj_attention._causal(x)
+    out = gptj_causal._causal(x)
     (gradient,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="cannot be differentiated again"):
         torch.autograd.grad(out.sum() + gradient.square().sum(), x)
@@ -152,7 +152,7 @@ def test_gradient_of_attention_is_not_differentiated_again():
 
 @pytest.mark.parametrize("lengths", [[32] + [1] * 200, [90, 70, 60, 33, 16, 15, 2, 1, 1], [5]])
 def test_padding_is_bounded(lengths):
-    groups = gptj_attention._alike(lengths)
+    groups = gptj_causal._alike(lengths)
     assert sorted(row for rows in groups for row in rows) == list(range(len(lengths)))
     for rows in groups:
         longest = lengths[rows[0]]
