@@ -142,7 +142,7 @@ def _backward(
     d_image = d_text = d_extra = d_scale = d_bias = None
     module = _backend(backend, image, text, extra_negatives, variant, normalize)
     if need_image or need_text or need_extra:
-        state = InfoNceState(row, col, cache[:0], cache[:0], cache)
+        state = InfoNceState(row, col, cache, cache, cache)  # it reads no accuracies
         d_image, d_text, d_extra = module.info_nce_bwd(
             image, text, extra_negatives, logit_scale, logit_bias, labels, image_ids, text_ids, row_grad, col_grad,
             state, label_smoothing=label_smoothing, normalize=normalize, variant=variant, symmetric=symmetric,
