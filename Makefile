@@ -23,14 +23,15 @@ SOURCES := pyproject.toml setup.py MANIFEST.in $(shell find csrc -type f)
 SITE = $(shell $(PYTHON) -c 'import importlib.util as u; print("--system-site-packages" * bool(u.find_spec("torch")))')
 
 # A venv is ours only while its stamp, written last, names this folder and this interpreter: one half made, moved here
-# or made with another PYTHON is made anew. One whose sources changed is installed into again. Python
-# compiles a module when it is first imported, for every later process (of the thousands in torch and transformers most
-# never are): a caller's wish to keep no bytecode would have each process compile them again, 5 of its 9 seconds.
-unexport PYTHONDONTWRITEBYTECODE
+# or made with another PYTHON is made anew. One whose sources changed is installed into again.
 ORIGIN := $(CURDIR) $(PYTHON)
 ifneq ($(ORIGIN),$(shell cat $(STAMP) 2>/dev/null))
 $(shell rm -f $(STAMP))
 endif
+
+# Python compiles a module when it is first imported, for every later process (of the thousands in torch and transformers
+# most never are): a caller's wish to keep no bytecode would have each process compile them again, 5 of its 9 seconds.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test lint bench bench-peers gpu gpu-matrix test-gpu-full clean
 .DELETE_ON_ERROR:

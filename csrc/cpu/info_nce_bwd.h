@@ -194,7 +194,8 @@ class InfoNceBackward {
   }
 
   // Columns d .. d + NR - 1 of R rows of a gradient: sums = A B, or +=. The last product of a 16-bit gradient (`last`,
-  // its first row) is rounded from its tile and not written to the sums: 4% of a step at N = 256, D = 2048.
+  // its first row) is rounded from its tile and not written to the sums, whose own pass took 2.6% of a step's
+  // samples (N = 256, D = 2048, bf16).
   template <int RS, int KS>
   void gradient_tile(int R, int64_t K, const float* A, const float* B, float* sums, int64_t d, bool accumulate,
                      char* last) const {

@@ -48,10 +48,6 @@ def rank(op: str, name: str, x: Tensor, shape: str, remedy: str = "") -> None:
 
 def matrix(op: str, name: str, x: Tensor, shape: str) -> None:
     """A dense floating-point matrix with at least one row and one column."""
-    # One look where all is well: beside kernels that left nothing of Python in the caches each of these takes a us.
-    strided = isinstance(x, Tensor) and x.layout is torch.strided and not x.is_nested
-    if strided and x.dtype in FLOATS and x.ndim == 2 and x.numel():
-        return
     dense(op, name, x, shape)
     floating(op, name, x)
     rank(op, name, x, shape, f"reshape it: {name}.reshape(-1, D)")

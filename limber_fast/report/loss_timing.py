@@ -123,9 +123,9 @@ def _in_process(point: Point, threads: int, backend: str) -> Point:
     try:
         found = receive.recv()
     except EOFError:  # the process was killed, by want of memory more likely than not
-        process.join()
-        found = {"skipped": f"failed: exit code {process.exitcode}"}
+        found = None
     process.join()
+    found = found or {"skipped": f"failed: exit code {process.exitcode}"}
     return Point(**{**asdict(point), **found})
 
 
