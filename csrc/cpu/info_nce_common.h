@@ -21,10 +21,12 @@ struct Blocks {
   // Machines with AMX have 2 MiB of L2. Tiles: (NB, MB) of (224, 1024) is 13% slower, (512, 512) and (512, 1024) equal.
   static constexpr int NB = Op::TILES ? 384 : 256, MB = Op::TILES ? 512 : 504;
 #else
-  static constexpr int NB = 224;  // columns: a packed text block of D = 512 fp32 is 448 KiB, half of an L2 of 1 MiB
-  static constexpr int MB = Op::P == 1 ? 504 : 1008;  // rows of a backward block: dS is 472 KiB, the other half
+  // Columns: a packed text block of D = 512 fp32 is 512 KiB, half of an L2 of 1 MiB. 224, whose N = 256 are two blocks,
+  // is 2 to 16% slower at N = 256 and within 3% beyond (Zen 5).
+  static constexpr int NB = 256;
+  static constexpr int MB = Op::P == 1 ? 504 : 1008;  // rows of a backward block: an fp32 dS is 536 KiB, the other half
 #endif
-  static constexpr int LDS = NB + 16;  // strip stride: 960 bytes keeps 14 rows out of each other's L1 sets
+  static constexpr int LDS = NB + 16;  // strip stride: 1088 bytes keep 14 rows out of each other's L1 sets
   // Dwords of a row of dS, of AMX a thirty-second of a panel's; of a pair of rows.
   static constexpr int LDN = Op::TILES ? dwords<Op>(NB) : NB / Op::P + 16;
   static constexpr int LDP = Op::P == 1 ? LDN : Op::TILES ? NB * Op::PARTS : NB + 16;
@@ -40,8 +42,8 @@ constexpr int64_t MAX_COLUMNS = 65536;               // of a super-block: bounds
 // budget.
 struct Columns {
   int64_t M, K, NB, text_blocks, count;
-  // Even blocks of at most `widest`: 256 columns are 128 + 128, not 224 + 32, whose short products cost 6% of the
-  // backward.
+  // Even blocks of at most `widest`: 256 columns as 224 + 32 instead of 128 + 128, say, cost 6% of the backward by
+  // their short products.
   Columns(const InfoNceParams& p, int64_t widest)
       : M(p.M),
         K(p.K),

@@ -115,7 +115,8 @@ class InfoNceForward {
         alpha(log2_scale(p)),
         logits(alpha),
         Kd(dwords<Op>(p.D)),
-        chunk(std::min<int64_t>(round_up(ceil_div(p.N, 16), MR), B::CHUNK)) {}
+        // Of few rows each thread gets the same share to within a strip.
+        chunk(std::min<int64_t>(round_up(ceil_div(p.N, p.N <= 512 ? 32 : 16), MR), B::CHUNK)) {}
 
   void run() {
     const int64_t super = cols.super_block(Kd * 4), width = super * cols.NB, tasks = ceil_div(p.N, chunk),

@@ -125,31 +125,35 @@ static void pack_rows(const Source& rows, int64_t begin, int64_t end, float* dst
         }
 }
 
-// Natural panel: dst[k][NR] dwords for features d .. d+NR-1 of rows begin .. end-1; k is a row, or a pair of rows for
-// bf16.
+// Natural panels: dst[panel][k][NR] dwords, `apart` dwords from one to the next, for features d .. d + panels NR - 1 of
+// rows begin .. end-1; k is a row, or a pair of rows for bf16.
 template <class Op, class Source>
-static void pack_natural(const Source& rows, int64_t begin, int64_t end, int64_t d, float* dst) {
+static void pack_natural(const Source& rows, int64_t begin, int64_t end, int64_t d, float* dst, int64_t panels = 1,
+                         int64_t apart = 0) {
   constexpr int W = simd::W, AHEAD = 8;
   const int64_t padded = begin + dwords<Op>(end - begin) / Op::PARTS * Op::P;
   for (int64_t i = begin, k = 0; i < padded; i += Op::P, k++) {
     // A panel is one cache line of each row, which no hardware prefetcher foresees.
     for (int64_t next = i + AHEAD; next < std::min(i + AHEAD + Op::P, end); next++)
-      __builtin_prefetch((const char*)rows.row(next) + d * size_of(rows.dtype));
-    if constexpr (Op::P == 1)
-      for (int h = 0; h < 2; h++)
-        simd::store(dst + k * NR + h * W,
-                    d + h * W < rows.D ? rows.template load<Op>(i, end, d + h * W).part[0] : simd::zero());
+      for (int64_t at = 0; at < panels * NR * size_of(rows.dtype); at += 64)
+        __builtin_prefetch((const char*)rows.row(next) + d * size_of(rows.dtype) + at);
+    float* to = dst;
+    for (int64_t f = d; f < d + panels * NR; f += NR, to += apart)
+      if constexpr (Op::P == 1)
+        for (int h = 0; h < 2; h++)
+          simd::store(to + k * NR + h * W,
+                      f + h * W < rows.D ? rows.template load<Op>(i, end, f + h * W).part[0] : simd::zero());
 #if defined(LIMBER_BF16_PAIRS)
-    else {
-      const auto x = rows.template load<Op>(i, end, d), y = rows.template load<Op>(i + 1, end, d);
-      for (int q = 0; q < Op::PARTS; q++) {
-        float* out = dst + ((k / W * Op::PARTS + q) * W + k % W) * NR;
-        simd::vec lo, hi;
-        simd::zip_rows(x.part[q], y.part[q], lo, hi);
-        simd::store(out, lo);
-        simd::store(out + W, hi);
+      else {
+        const auto x = rows.template load<Op>(i, end, f), y = rows.template load<Op>(i + 1, end, f);
+        for (int q = 0; q < Op::PARTS; q++) {
+          float* out = to + ((k / W * Op::PARTS + q) * W + k % W) * NR;
+          simd::vec lo, hi;
+          simd::zip_rows(x.part[q], y.part[q], lo, hi);
+          simd::store(out, lo);
+          simd::store(out + W, hi);
+        }
       }
-    }
 #endif
   }
 }
