@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,7 +97,8 @@ def measure(trial: Trial, device: str, benchmark: Any, budget: float, fewest_rou
 
     The first call of each at this shape is the cold one; it also gives the peak memory (beyond the inputs, gradients
     included). Every round then runs each baseline, then ours: drift of the machine hits both alike, and the ratio is
-    the median over rounds of baseline time / our time.
+    the median over rounds of baseline time / our time. The baselines' order turns from round to round: what follows a
+    large one starts with cold caches, and that is not to be always the same one.
 
     Returns: columns of the row; nothing but the error where pytest-benchmark is disabled.
     Raises: AssertionError where a result is wrong, before anything is reported.
@@ -117,10 +119,12 @@ def measure(trial: Trial, device: str, benchmark: Any, budget: float, fewest_rou
         return columns
 
     seconds: dict[str, list[float]] = {name: [] for name in trial.baselines}
+    order = deque(trial.baselines)
 
     def baselines_in_turn() -> None:
-        for name, function in trial.baselines.items():
-            seconds[name].append(_timed(function, device)[1])
+        order.rotate()
+        for name in order:
+            seconds[name].append(_timed(trial.baselines[name], device)[1])
 
     round_seconds = sum(first for first, _ in cold.values())
     if round_seconds < budget:  # the caches' and allocators' warm-up; a long first call has done it by itself
