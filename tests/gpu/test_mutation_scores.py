@@ -21,20 +21,22 @@ from torch import Tensor
 from gpu import test_frozen_cross_entropy_kernels as of_frozen_cross_entropy
 from gpu import test_info_nce_kernels as of_info_nce
 from gpu import test_int8_linear_kernels as of_int8_linear
+from gpu import test_prefix_attention_kernels as of_prefix_attention
 from gpu import test_project_concat_kernels as of_project_concat
 from gpu.launching import send_to_triton
 from gpu.ptx.mutate import Score, mutation_score
 from gpu.replay import recorded, replayed
-from limber_fast import frozen_cross_entropy, info_nce, int8_linear, project_concat
+from limber_fast import frozen_cross_entropy, info_nce, int8_linear, prefix_attention, project_concat
 from limber_fast.kernels import frozen_cross_entropy_launch, info_nce_launch
 from limber_fast.reference.frozen_cross_entropy import frozen_cross_entropy as frozen_cross_entropy_reference
 from limber_fast.reference.info_nce import info_nce as info_nce_reference
 from limber_fast.reference.int8_linear import int8_linear as int8_linear_reference
+from limber_fast.reference.prefix_attention import prefix_attention as prefix_attention_reference
 from limber_fast.reference.project_concat import project_concat as project_concat_reference
 
 GOAL, MUTANTS, LONGEST = 0.85, 40, 20_000
 TARGETS = ("sm_80", "sm_90")
-PROGRAMS = {"info_nce": 3, "project_concat": 24, "int8_linear": 12, "frozen_cross_entropy": 12}
+PROGRAMS = {"info_nce": 3, "project_concat": 24, "int8_linear": 12, "frozen_cross_entropy": 12, "prefix_attention": 1}
 
 # In the library's fp64 exp2 and log, what no argument of this kernel's reaches. Infinity and NaN do reach them.
 _NEVER_ZERO = "log of zero or of the largest numbers: its argument is 1 + ratio < 2^1000, or is discarded"
@@ -96,6 +98,24 @@ def _head(**call: Any) -> Problem:
     )  # fmt: skip
 
 
+def _step(members: tuple[tuple[int, int], ...], dtype: torch.dtype, **call: Any) -> Problem:
+    """Forks of nested prefixes of 16 and 40 tokens; out, and the pages."""
+    made = of_prefix_attention.Call(dtype, 2, 24, rotary_dims=6, **call)
+    sequences, queries = made.forked((16, 40), members, cases.permutation(len(members)))
+    batch, before = made.pool.batch(sequences, queries), made.pool.layer(0).clone()
+    where = (queries, [s.length for s in sequences], [s.pages for s in sequences])
+
+    def results(function: Callable[..., Any], dtype: torch.dtype | None = None) -> list[Tensor]:
+        rows = [x.to(dtype or made.dtype) for x in made.rows(batch.tokens)]
+        out, pages = function(*rows, before.to(dtype or made.dtype, copy=True))
+        return [out, pages.nan_to_num()]  # unused places are NaN
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
+        return prefix_attention(q, k, v, pages, batch, rotary=made.rotary), pages
+
+    return Problem(results, ours, lambda *rows: prefix_attention_reference(*rows, *where, rotary=made.rotary))
+
+
 PROBLEMS = {
     "info_nce": [
         # Nothing may be read between the towers' rows.
@@ -131,6 +151,11 @@ PROBLEMS = {
         # Several chunks of the vocabulary; losses from nearly 0 to a hundred.
         _head(shape=(9, 1300, 70)),
         _head(shape=(9, 140, 70), dtype=torch.float32, weight_by=8.0),
+    ],
+    "prefix_attention": [
+        # Members of more than one tile, rows of more than one tile, several splits, pages of another size.
+        _step(tuple((i % 5, 1) for i in range(19)), torch.bfloat16),
+        _step(((3, 2), (0, 20), (300, 1)), torch.float32, page_size=5),
     ],
 }
 

@@ -58,6 +58,9 @@ class Call:
         pairs = pairs if order is None else [pairs[i] for i in order]
         return [s for s, _ in pairs], [new for _, new in pairs]
 
+    def attend(self, engine, q, k, v, pages, batch, **options):
+        return prefix_attention(q, k, v, pages, batch, **options, backend=engine)
+
     def run(self, engine, sequences, queries, *, scale=None):
         """Errors of out and of the pages, each as (found, allowed by eager's, found in the largest entry, allowed)."""
         pages = self.pool.layer(0)
@@ -69,7 +72,7 @@ class Call:
                                      rotary=self.rotary, scale=scale)  # fmt: skip
         eager, eager_pages = before.clone(), before.clone()
         eager = prefix_attention(q, k, v, eager_pages, batch, rotary=self.rotary, scale=scale, backend="eager")
-        found = prefix_attention(q, k, v, pages, batch, rotary=self.rotary, scale=scale, backend=engine)
+        found = self.attend(engine, q, k, v, pages, batch, rotary=self.rotary, scale=scale)
         assert found.dtype == self.dtype and found.shape == q.shape and found.is_contiguous()
         assert torch.equal(pages.isnan(), true_pages.isnan())
         for x, y, z in ((found, eager, true), (pages.nan_to_num(), eager_pages.nan_to_num(), true_pages.nan_to_num())):

@@ -1,9 +1,33 @@
-"""prefix_attention: no Triton kernel yet, and says so when it is asked."""
+"""prefix_attention: tensors to the launchers of kernels/prefix_attention_launch.py."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
 
-def prefix_attention_supports(request: Any) -> str:
-    return "no prefix_attention kernel in this release"
+from limber_fast.backends.triton import device
+
+_MOST_DIMENSIONS = 256  # a row of V and its sums stay in registers
+
+
+def prefix_attention_supports(request: Any) -> str | None:
+    if request.D > _MOST_DIMENSIONS:
+        return f"takes heads of at most {_MOST_DIMENSIONS} dimensions; got {request.D}"
+    return device.refusal(request.device, request.dtype)
+
+
+def prefix_attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, pages: Tensor, queries: Tensor, lengths: Tensor, page_table: Tensor, order: Tensor,
+    shared: Tensor, private: Tensor, positions: Tensor | None, rotary: Tensor | None, *, scale: float,
+) -> Tensor:  # fmt: skip
+    from limber_fast.kernels import prefix_attention_launch as launch
+
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if len(q):
+        launch.prefix_attention_fwd(
+            q, k, v, pages, queries, lengths, page_table, order, shared, private, positions, rotary, out, scale=scale,
+            precision=device.precision(),
+        )  # fmt: skip
+    return out
