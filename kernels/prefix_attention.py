@@ -2,12 +2,14 @@
 
 For what the CUDA extension does not take (fp32, other head dimensions and pages, no compiler when it was built). Tokens
 are read in parts: a part is what lies within one split of SPLIT tokens and within one run of shared tokens, or past the
-last of them. A program takes a tile of rows over one part: weights under the tile's own running maximum, products and
-sums in fp32. It leaves the maximum (of the logits over log 2), the sum of the weights and the weighted sum of V in slot
-split + run of its rows (alone: split + number of runs), of which no two parts of a row fall together, since later runs
-begin where earlier ones end. The merge adds them up. No atomics, no order that depends on the schedule.
+last of them. A program takes a tile of rows over one part, of a run the rows of all its members: weights under each
+row's own running maximum, sums in fp32, weights rounded to the dtype of V for their product. It leaves the maximum (of
+the logits over log 2), the sum of the weights and the weighted sum of V in slot split + run of its rows (alone: split +
+number of runs), of which no two parts of a row fall together, since later runs begin where earlier ones end. The merge
+adds them up. No atomics, no order that depends on the schedule.
 
-Which rows a program has follows from the tensors of `PagedBatch` on the device: nothing waits for the host.
+Which rows a program has follows from the tensors of `PagedBatch` on the device: nothing waits for the host. Counts that
+change from step to step are not specialised: a new one compiles nothing.
 """
 
 from __future__ import annotations
@@ -19,12 +21,17 @@ from limber_fast.kernels.common import LOG2E
 
 
 @triton.jit
-def owner_of(queries, row, N):
-    """The sequence that brings `row`: the last n with queries[n] <= row."""
-    low, high = 0, N
-    while high - low > 1:
+def last_at_most(starts, x, N, steps, BLOCK: tl.constexpr):
+    """The last i < N with starts[i] <= x, of a number or of a block of them; steps: binary digits of N.
+
+    BLOCK > 0: with starts[i] // BLOCK + i instead, where the tiles of BLOCK rows begin if each i may end in half a one.
+    """
+    low = x * 0
+    high = low + N
+    for _ in range(steps):
         middle = (low + high) // 2
-        before = tl.load(queries + middle) <= row
+        start = tl.load(starts + middle)
+        before = (start // BLOCK + middle if BLOCK > 0 else start) <= x
         low, high = tl.where(before, middle, low), tl.where(before, high, middle)
     return low
 
@@ -42,21 +49,22 @@ def rotated(x, rotary, d, D, position, ROTARY: tl.constexpr):
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width", "N", "steps"])
 def prefix_attention_append_kernel(
     q, k, v, pages, queries, lengths, page_table, positions, rotary, turned, q_stride, k_stride, v_stride, page_stride,
-    table_width, N, H, D, PAGE: tl.constexpr, ROTARY: tl.constexpr, HAS_POSITIONS: tl.constexpr, BLOCK_D: tl.constexpr,
+    table_width, N, steps, H, D, PAGE: tl.constexpr, ROTARY: tl.constexpr, HAS_POSITIONS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """turned [T, H, D] = rotated q; rotated k and v go to their places in the pages. A program per row and head."""
     row, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    n = owner_of(queries, row, N)
+    n = last_at_most(queries, row, N, steps, 0)
     token = tl.load(lengths + n) - tl.load(queries + n + 1) + row
     position = tl.load(positions + row) if HAS_POSITIONS else token
     d = tl.arange(0, BLOCK_D)
     there, head = d < D, h * D
     value = rotated(q + row * q_stride + head, rotary, d, D, position, ROTARY)
     tl.store(turned + (row * H + h) * D + d, value.to(turned.dtype.element_ty), mask=there)
-    page = tl.load(page_table + n.to(tl.int64) * table_width + token // PAGE).to(tl.int64)
+    page = tl.load(page_table + n * table_width + token // PAGE).to(tl.int64)
     place = pages + page * page_stride + (2 * h * PAGE + token % PAGE) * D + d
     value = rotated(k + row * k_stride + head, rotary, d, D, position, ROTARY)
     tl.store(place, value.to(pages.dtype.element_ty), mask=there)
@@ -106,56 +114,71 @@ def attend(
     tl.store(part_totals + at, total, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
+def prefix_attention_starts_kernel(queries, order, starts, N, BLOCK: tl.constexpr):
+    """starts [N + 1]: rows before the i-th sequence of `order`, counted in that order. One program."""
+    before = 0
+    for i0 in range(0, N, BLOCK):
+        i = i0 + tl.arange(0, BLOCK)
+        n = tl.load(order + i, mask=i < N, other=0)
+        new = tl.where(i < N, tl.load(queries + n + 1) - tl.load(queries + n), 0)
+        tl.store(starts + i, before + tl.cumsum(new, 0) - new, mask=i < N)
+        before += tl.sum(new, 0)
+    tl.store(starts + N, before)
+
+
+@triton.jit(do_not_specialize=["table_width", "N", "steps", "tiles", "splits", "slots"])
 def prefix_attention_shared_kernel(
-    turned, pages, queries, page_table, order, shared, part_sums, part_tops, part_totals, page_stride, table_width, H,
-    D, splits, slots, member_tiles, strides, scale, SPLIT: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    turned, pages, queries, page_table, order, shared, starts, part_sums, part_tops, part_totals, page_stride,
+    table_width, N, steps, H, D, tiles, splits, slots, scale, SPLIT: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A run's members in tiles of BLOCK_M; of each their i-th rows, i = stride, stride + strides, ..., all of which see
-    all of the run. Programs: member_tiles * strides, heads, runs * splits."""
-    tile, stride = tl.program_id(0) % member_tiles, tl.program_id(0) // member_tiles
-    h, run, split = tl.program_id(1).to(tl.int64), tl.program_id(2) // splits, tl.program_id(2) % splits
+    """A tile of the rows that a run's members bring together, all of which see all of it. Programs: runs * splits *
+    tiles (of as many rows as there are at all), heads."""
+    tile, h = tl.program_id(0) % tiles, tl.program_id(1).to(tl.int64)
+    split, run = tl.program_id(0) // tiles % splits, tl.program_id(0) // tiles // splits
     first, end_member = tl.load(shared + 4 * run), tl.load(shared + 4 * run + 1)
     begin, end = within(tl.load(shared + 4 * run + 2), tl.load(shared + 4 * run + 3), split, SPLIT)
-    member = first + tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    is_member = member < end_member
-    if (begin < end) & (first + tile * BLOCK_M < end_member):
-        n = tl.load(order + member, mask=is_member, other=0)
-        row = tl.load(queries + n, mask=is_member, other=0)
-        new = tl.load(queries + n + 1, mask=is_member, other=0) - row
+    row, end_row = tl.load(starts + first) + tile * BLOCK_M, tl.load(starts + end_member)
+    if (begin < end) & (row < end_row):
+        at = row + tl.arange(0, BLOCK_M)
+        valid = at < end_row
+        at = tl.where(valid, at, row)
+        i = last_at_most(starts, at, N, steps, 0)
+        rows = tl.load(queries + tl.load(order + i)) + at - tl.load(starts + i)
         table = page_table + tl.load(order + first).to(tl.int64) * table_width
-        for i in range(stride, tl.max(new, 0), strides):
-            attend(
-                turned, pages, table, part_sums, part_tops, part_totals, row + i, i < new, end + tl.zeros_like(row),
-                begin, end, h, H, D, page_stride, split + run, slots, scale, PAGE, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
-            )  # fmt: skip
+        attend(
+            turned, pages, table, part_sums, part_tops, part_totals, rows, valid, end + tl.zeros_like(rows), begin, end,
+            h, H, D, page_stride, split + run, slots, scale, PAGE, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
+        )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width", "N", "steps", "splits", "slots", "runs"])
 def prefix_attention_alone_kernel(
     turned, pages, queries, lengths, page_table, private, part_sums, part_tops, part_totals, page_stride, table_width,
-    H, D, splits, slots, runs, scale, SPLIT: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr,
+    N, steps, H, D, splits, slots, runs, scale, SPLIT: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of a sequence's rows over its own tokens, causal. Programs: row tiles of the longest that could be, heads,
-    sequences * splits."""
-    tile, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    n, split = (tl.program_id(2) // splits).to(tl.int64), tl.program_id(2) % splits
-    row, end_row, length = tl.load(queries + n) + tile * BLOCK_M, tl.load(queries + n + 1), tl.load(lengths + n)
+    """A tile of a sequence's rows over its own tokens, causal. Programs: splits * (T // BLOCK_M + N) tiles, heads."""
+    tile, split, h = tl.program_id(0) // splits, tl.program_id(0) % splits, tl.program_id(1).to(tl.int64)
+    n = last_at_most(queries, tile, N, steps, BLOCK_M).to(tl.int64)
+    start, end_row, length = tl.load(queries + n), tl.load(queries + n + 1), tl.load(lengths + n)
+    row = start + ((tile - start // BLOCK_M - n) * BLOCK_M).to(tl.int32)
     if row < end_row:
         rows = row + tl.arange(0, BLOCK_M)
         last = length - end_row + rows
-        begin, end = within(tl.load(private + n), tl.minimum(length, length - end_row + row + BLOCK_M), split, SPLIT)
+        begin, end = within(
+            tl.load(private + n), tl.minimum(length, length - end_row + row + BLOCK_M), split, SPLIT
+        )
         if begin < end:
             attend(
-                turned, pages, page_table + n * table_width, part_sums, part_tops, part_totals, rows, rows < end_row,
-                last, begin, end, h, H, D, page_stride, split + runs, slots, scale, PAGE, BLOCK_M, BLOCK_N, BLOCK_D,
-                PRECISION,
+                turned, pages, page_table + n * table_width, part_sums, part_tops, part_totals, rows,
+                rows < end_row, last, begin, end, h, H, D, page_stride, split + runs, slots, scale, PAGE, BLOCK_M,
+                BLOCK_N, BLOCK_D, PRECISION,
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 def prefix_attention_merge_kernel(part_sums, part_tops, part_totals, out, D, slots, BLOCK_D: tl.constexpr):
     """out[row, h] from its parts; a slot whose sum is 0 holds none. A program per row and head."""
     at = tl.program_id(0).to(tl.int64)

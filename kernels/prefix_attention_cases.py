@@ -40,9 +40,14 @@ class Options:
 OPTIONS = (
     Options("decode"),
     Options("prefill", N=1, new=2048, prefix=0, own=0),
+    # All block sizes with and without splits, in either kernel.
+    Options("questions", new=12),
+    Options("forked", N=4, new=64),
+    Options("forked_prefill", N=4, new=128),
     Options("heads_of_64", N=4, new=16, prefix=96, own=0, H=12, D=64, rotary=0, arithmetic=("bf16", "fp32")),
-    Options("heads_of_80", N=5, new=3, prefix=0, own=100, H=12, D=80, page=5, rotary=20, positions=True,
+    Options("heads_of_80", N=5, new=3, prefix=80, own=100, H=12, D=80, page=5, rotary=20, positions=True,
             arithmetic=("fp16", "fp32")),
+    Options("heads_of_208", N=20, new=20, D=208, arithmetic=("bf16", "fp32")),
 )  # fmt: skip
 
 
@@ -118,14 +123,15 @@ def work(launch: Launch, options: Options, arithmetic: str) -> Work:
     for count in launch.grid:
         programs *= count
     shape = f"N={o.N} new={o.new} prefix={o.prefix} own={o.own} H={o.H} D={o.D}"
+    if kernel == "prefix_attention_starts_kernel":
+        return Work(shape, 0.0, 16.0 * o.N, 16.0 * o.N, programs, -(-o.N // c["BLOCK"]), arithmetic)
     if kernel not in _ATTEND:
         slots = launch.arguments.get("slots", 0)  # of the merge; the append reads q, k and v and writes as many
         moved = t * o.H * o.D * (6.0 * size if kernel == "prefix_attention_append_kernel" else 4.0 * slots + size)
         return Work(shape, 0.0, moved, moved, programs, max(1, slots), arithmetic)
     shared = kernel == "prefix_attention_shared_kernel"
     tokens = o.prefix if shared else o.own + o.new
-    across = o.N if shared else o.new  # rows that tiles are made of
-    row_tiles = -(-across // c["BLOCK_M"]) * (o.new if shared else o.N)
+    row_tiles = -(-t // c["BLOCK_M"]) if shared else o.N * -(-o.new // c["BLOCK_M"])
     # Causal: of new tokens a row sees half on average.
     seen = tokens if shared else o.own + (o.new + 1) / 2
     keys = 2.0 * tokens * o.H * o.D * size * (1 if shared else o.N)

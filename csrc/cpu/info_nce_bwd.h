@@ -58,8 +58,8 @@ class InfoNceBackward {
     // A step of some milliseconds is bound by what a core reads of the other's L2. Shared out evenly, a thread
     // multiplies the panels that it packed: 8 to 14% at N = 256 to 1024. Longer ones give a slow core less.
     const auto sharing = p.N * (p.M + p.K) <= (int64_t(1) << 31) / p.D ? omp_sched_static : omp_sched_dynamic;
-    // Panels are packed four at a time: rows of D = 2048 lie a page apart, and one panel alone reads a line of each
-    // (10% of the backward at N = 256, D = 2048 in fp32).
+    // Up to four panels are packed at a time: rows of D = 2048 lie a page apart, and one panel alone reads a line or
+    // two of each (10% of the backward at N = 256, D = 2048 in fp32).
     const int64_t width = super * cols.NB, wide = NR * std::clamp<int64_t>(Dp / NR / (2 * p.threads), 1, 4);
     Buffer<float> norms(p.normalize ? p.N + p.M + p.K : 0), text_t(recompute ? width * Kd : 0),
         text_n(want_rows ? dwords<Op>(width) * Dp : 0), image_t(recompute ? high * Kd : 0);

@@ -42,8 +42,8 @@ constexpr int64_t MAX_COLUMNS = 65536;               // of a super-block: bounds
 // budget.
 struct Columns {
   int64_t M, K, NB, text_blocks, count;
-  // Even blocks of at most `widest`: 256 columns as 224 + 32 instead of 128 + 128, say, cost 6% of the backward by
-  // their short products.
+  // Even blocks of at most `widest`, 288 columns as 160 + 128 instead of 256 + 32: short products, where blocks were
+  // 224 wide and 256 columns 224 + 32, cost 6% of the backward.
   Columns(const InfoNceParams& p, int64_t widest)
       : M(p.M),
         K(p.K),

@@ -133,7 +133,7 @@ static void pack_natural(const Source& rows, int64_t begin, int64_t end, int64_t
   constexpr int W = simd::W, AHEAD = 8;
   const int64_t padded = begin + dwords<Op>(end - begin) / Op::PARTS * Op::P;
   for (int64_t i = begin, k = 0; i < padded; i += Op::P, k++) {
-    // A panel is one cache line of each row, which no hardware prefetcher foresees.
+    // Panels are a few cache lines of each row, which no hardware prefetcher foresees.
     for (int64_t next = i + AHEAD; next < std::min(i + AHEAD + Op::P, end); next++)
       for (int64_t at = 0; at < panels * NR * size_of(rows.dtype); at += 64)
         __builtin_prefetch((const char*)rows.row(next) + d * size_of(rows.dtype) + at);

@@ -14,6 +14,7 @@ from gpu.launching import ENGINES, on_engines, running, send_to_triton
 from gpu.test_prefix_attention_emulated import LONG
 from limber_fast import PagedBatch, prefix_attention
 from limber_fast.kernels import prefix_attention_launch as launch
+from limber_fast.kernels.recording import recording
 from limber_fast.reference.prefix_attention import prefix_attention as reference
 
 
@@ -45,6 +46,9 @@ def steps() -> dict[str, tuple]:
     """Calls by name: dtype, heads, dimensions, options of the call, what to make of it, scale."""
     half, full, brain = torch.float16, torch.float32, torch.bfloat16
     return {
+        "many_rows_of_forks": (brain, 1, 64, {}, ("many", ((16, 48), ((0, 90), (5, 70), (9, 120), (2, 1)))), None),
+        "all_turned": (half, 1, 32, {"rotary_dims": 32}, ("many", ((16, 48), ((0, 9), (5, 0), (2, 300)))), None),
+        "one_row": (brain, 1, 16, {"rotary_dims": 0}, ("alone", "one"), None),
         "mixed": (brain, 2, 64, {}, ("alone", "mixed"), None),
         "mixed_fp16": (half, 2, 48, {}, ("alone", "mixed"), None),
         "mixed_fp32": (full, 2, 64, {}, ("alone", "mixed"), None),
@@ -52,7 +56,7 @@ def steps() -> dict[str, tuple]:
         "many_rows": (brain, 1, 64, {}, ("alone", "many rows"), None),
         "decode": (brain, 2, 64, {}, ("forked", "decode"), None),
         "many_decode": (half, 1, 64, {}, ("forked", "many decode"), None),
-        "many_decode_fp32": (full, 1, 40, {"rotary_dims": 6}, ("forked", "many decode"), None),
+        "many_decode_fp32": (full, 1, 48, {"rotary_dims": 6}, ("forked", "many decode"), None),
         "prefill": (brain, 2, 64, {"shuffled": True}, ("forked", "prefill"), None),
         "nested": (brain, 3, 256, {"rotary_dims": 64}, ("forked", "nested"), 0.2),
         "nested_fp32": (full, 2, 16, {"rotary_dims": 0, "page_size": 1}, ("forked", "nested"), None),
@@ -71,30 +75,37 @@ def test_against_float64(engine, name):
     dtype, heads, dims, options, (kind, which), scale = STEPS[name]
     call = OnEngine(dtype, heads, dims, **options)
     if kind == "alone":
-        sequences = call.alone(cases.STEPS[which])
+        sequences = call.alone(((40, 1),) if which == "one" else cases.STEPS[which])
     else:
-        prefixes, members = cases.FORKS[which] if kind == "forked" else LONG[which]
+        prefixes, members = {"forked": cases.FORKS, "long": LONG}[kind][which] if kind != "many" else which
         sequences = call.forked(prefixes, members, cases.permutation(len(members)))
     sharp, offset = options.get("sharp", 0.0), options.get("offset", 0.0)
     rounded = 2**-23 * 64**-0.5 * (offset**2 + 64 * 6 * sharp)  # fp32 rounds the logits, in any order of the sum
     call.check(engine, *sequences, scale=scale, more=rounded)
 
 
-def test_positions(engine):
-    """Rotary positions other than the places."""
+def test_positions_views_and_tables_wider_than_needed(engine):
+    """Rotary positions other than the places; q, k and v as views of one product, NaN between them."""
     call = OnEngine(torch.float32, 2, 32)
     sequences, queries = call.alone(((5, 3), (0, 2)))
-    batch = call.pool.batch(sequences, queries, positions=[7, 501, 3, 0, 9])
-    arguments = (*call.rows(batch.tokens), call.pool.layer(0).clone())
-    expected = prefix_attention(*arguments, batch, rotary=call.rotary, backend="eager")
+    positions = [7, 501, 3, 0, 9]
+    call.pool.batch(sequences, queries)  # room for them
+    tables = [[*s.pages, 0, 0, 0] for s in sequences]
+    batch = PagedBatch([*queries, 0], [*(s.length for s in sequences), 0], [*tables, []], positions=positions)
+    product = torch.full((batch.tokens, 4, 2, 32), torch.nan)
+    q, k, v = (product[:, i].copy_(x) for i, x in enumerate(call.rows(batch.tokens)))
     pages = call.pool.layer(0)
-    found = call.attend(engine, *arguments[:3], pages, batch, rotary=call.rotary)
-    assert max(cases.errors(found, expected.double())) < cases.FLOOR[torch.float32] * 4
-    torch.testing.assert_close(pages, arguments[3], equal_nan=True, rtol=1e-6, atol=1e-6)
+    true, true_pages = reference(
+        *(x.double() for x in (q, k, v, pages)), [*queries, 0], [*(s.length for s in sequences), 0], [*tables, []],
+        positions=positions, rotary=call.rotary.double(),
+    )  # fmt: skip
+    found = call.attend(engine, q, k, v, pages, batch, rotary=call.rotary)
+    for x, y in ((found, true), (pages.nan_to_num(), true_pages.nan_to_num())):
+        assert max(cases.errors(x, y)) < 4 * cases.FLOOR[torch.float32]
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("place", ["q", "k", "v", "cached k"])
+@pytest.mark.parametrize("place", ["q", "k", "v", "cached k", "cached v"])
 def test_nan_and_inf_reach_those_who_see_them(monkeypatch, poisoned, place, value):
     """And nobody in another sequence or head."""
     send_to_triton(monkeypatch, "prefix_attention", "interpreted")
@@ -109,7 +120,7 @@ def test_nan_and_inf_reach_those_who_see_them(monkeypatch, poisoned, place, valu
         rows[place][20, 1, 5] = value
         may[20 if place == "q" else slice(3, 33), 1] = True
     else:
-        pages[sequences[0].pages[2], 1, 0, 3, 5] = value
+        pages[sequences[0].pages[2], 1, "kv".index(place[-1]), 3, 5] = value
         may[:33, 1] = True
     true, _ = reference(*(x.double() for x in rows.values()), pages.double(), queries, [s.length for s in sequences],
                         [s.pages for s in sequences])  # fmt: skip
@@ -126,6 +137,20 @@ def test_nothing_new(engine):
 
 
 def test_tiles_fit_what_the_rows_are():
-    for rows, sequences, dtype, wide in ((1, 1, torch.bfloat16, 16), (2048, 1, torch.bfloat16, 64),
-                                         (64, 64, torch.float16, 16), (2048, 1, torch.float32, 16)):  # fmt: skip
-        assert launch.tiles(rows, sequences, dtype, 256)["BLOCK_M"] == wide
+    for rows, dtype, wide in ((1, torch.bfloat16, 16), (2048, torch.bfloat16, 64), (63, torch.float16, 16),
+                              (2048, torch.float32, 16)):  # fmt: skip
+        assert launch.tiles(rows, dtype, 256)["BLOCK_M"] == wide
+
+
+def test_grids_of_many_sequences_and_long_tables():
+    """Axes beyond the first hold at most 65535 programs."""
+    n, width = 70_000, 8192
+    q, counts = torch.empty(n, 1, 16, dtype=torch.bfloat16), torch.zeros(n, dtype=torch.int32)
+    table = torch.zeros(1, width, dtype=torch.int32).expand(n, width)
+    shared = torch.zeros(2, 4, dtype=torch.int32)
+    with recording() as found:
+        launch.prefix_attention_fwd(
+            q, q, q, torch.empty(1, 1, 2, 8, 16, dtype=torch.bfloat16), torch.arange(n + 1, dtype=torch.int32), counts,
+            table, counts, shared, counts, None, None, torch.empty_like(q), scale=1.0, precision="ieee",
+        )  # fmt: skip
+    assert len(found) == 5 and all(max((*one.grid[1:], 1)) < 65536 and one.grid[0] < 2**31 for one in found)

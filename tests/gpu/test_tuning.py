@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from contextlib import nullcontext
 from multiprocessing import get_context
 
 import cases
@@ -167,3 +168,16 @@ def test_other_values_are_refused(monkeypatch):
     monkeypatch.setenv(tuning.ENVIRONMENT_VARIABLE, "yes")
     with pytest.raises(ValueError, match="must be 0 or 1; got 'yes'"):
         tuning.asked()
+
+
+def test_launches_go_to_the_device_of_their_tensors(monkeypatch):
+    """Not to whichever is current."""
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: entered.append(x) or nullcontext())
+    send_to_triton(monkeypatch, "info_nce", "interpreted")
+    image, text, scale = cases.unit(5, 5, 16)
+    image, text = image.float(), text.float()
+    image.requires_grad_()
+    with interpreted():
+        info_nce(image, text, scale).backward()
+    assert len(entered) == 2 and entered[0].data_ptr() == image.data_ptr()

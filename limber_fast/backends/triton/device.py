@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,6 +34,17 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     except ImportError as error:
         return f"Triton does not import ({error}); install torch's own version of it"
     return None
+
+
+def guarded(adapter: Callable[..., Any]) -> Callable[..., Any]:
+    """The adapter, with the device of its first tensor as the current one: Triton launches there, on its stream."""
+
+    @wraps(adapter)
+    def run(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device_of(first):
+            return adapter(first, *args, **kwargs)
+
+    return run
 
 
 def chip(device: torch.device) -> tuple[tuple[int, int], int]:

@@ -15,6 +15,7 @@ def frozen_cross_entropy_supports(request: Any) -> str | None:
     return device.refusal(request.device, request.dtype)
 
 
+@device.guarded
 def frozen_cross_entropy_fwd(
     hidden: Tensor, packed: Tensor, scales: Tensor, row_sums: Tensor, column_sums: Tensor, bias: Tensor | None,
     labels: Tensor, *, ignore_index: int, keep: bool,
@@ -30,6 +31,7 @@ def frozen_cross_entropy_fwd(
     return losses, gradient
 
 
+@device.guarded
 def frozen_cross_entropy_bwd(d_losses: Tensor, gradient: Tensor, labels: Tensor, *, ignore_index: int) -> Tensor:
     from limber_fast.kernels import frozen_cross_entropy_launch as launch
 

@@ -72,6 +72,7 @@ def _tuned(call: Any) -> Any:
     return with_programs(tuning.choose(key, ("1.0", "0.5", "2.0"), measure))
 
 
+@device.guarded
 def info_nce_fwd(
     image: Tensor, text: Tensor, extra_negatives: Tensor | None, logit_scale: Tensor, logit_bias: Tensor | None,
     labels: Tensor | None, image_ids: Tensor | None, text_ids: Tensor | None, *, label_smoothing: float,
@@ -86,6 +87,7 @@ def info_nce_fwd(
     return InfoNceState(row, col, row_correct, col_correct, image.new_empty(1, dtype=torch.uint8).expand(cache_bytes))
 
 
+@device.guarded
 def info_nce_bwd(
     image: Tensor, text: Tensor, extra_negatives: Tensor | None, logit_scale: Tensor, logit_bias: Tensor | None,
     labels: Tensor | None, image_ids: Tensor | None, text_ids: Tensor | None, row_grad: Tensor,

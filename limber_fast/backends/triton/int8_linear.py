@@ -25,6 +25,7 @@ def weight_on_device(rows: Tensor, scales: Tensor, row_sums: Tensor, k: int) -> 
     return launch.Weight(rows, scales, row_sums, k, capability, programs)
 
 
+@device.guarded
 def int8_linear_fwd(
     x: Tensor, packed: Tensor, scales: Tensor, row_sums: Tensor, bias: Tensor | None, residual: Tensor | None, *,
     activation: str | None, compute: str, outlier_threshold: float, keep: bool,
@@ -41,6 +42,7 @@ def int8_linear_fwd(
     return out, kept
 
 
+@device.guarded
 def int8_linear_bwd(
     grad: Tensor, packed: Tensor, scales: Tensor, column_sums: Tensor, preactivation: Tensor | None
 ) -> Tensor:

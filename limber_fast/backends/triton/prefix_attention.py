@@ -9,15 +9,16 @@ from torch import Tensor
 
 from limber_fast.backends.triton import device
 
-_MOST_DIMENSIONS = 256  # a row of V and its sums stay in registers
+_DIMENSIONS, _MOST_DIMENSIONS = 16, 256  # a product's depth; a row of V and its sums stay in registers
 
 
 def prefix_attention_supports(request: Any) -> str | None:
-    if request.D > _MOST_DIMENSIONS:
-        return f"takes heads of at most {_MOST_DIMENSIONS} dimensions; got {request.D}"
+    if request.D % _DIMENSIONS or request.D > _MOST_DIMENSIONS:
+        return f"takes heads of {_DIMENSIONS}, {2 * _DIMENSIONS}, ... {_MOST_DIMENSIONS} dimensions; got {request.D}"
     return device.refusal(request.device, request.dtype)
 
 
+@device.guarded
 def prefix_attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, pages: Tensor, queries: Tensor, lengths: Tensor, page_table: Tensor, order: Tensor,
     shared: Tensor, private: Tensor, positions: Tensor | None, rotary: Tensor | None, *, scale: float,

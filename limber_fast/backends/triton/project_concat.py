@@ -32,6 +32,7 @@ def _projection(features: Tensor, weight: Tensor, bias: Tensor | None, seed: int
     )  # fmt: skip
 
 
+@device.guarded
 def project_concat_fwd(
     features: Tensor, weight: Tensor, bias: Tensor | None, ln_weight: Tensor | None, ln_bias: Tensor | None,
     input_ids: Tensor, embedding: Tensor, embedding_scales: Tensor | None, positions: Tensor, *, image_token_id: int,
@@ -49,6 +50,7 @@ def project_concat_fwd(
     return inputs_embeds
 
 
+@device.guarded
 def project_concat_bwd(
     grad: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None, ln_weight: Tensor | None, positions: Tensor, *,
     seed: int, dropout_p: float, ln_eps: float | None, needs: list[bool],
