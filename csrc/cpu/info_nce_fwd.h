@@ -115,7 +115,7 @@ class InfoNceForward {
         alpha(log2_scale(p)),
         logits(alpha),
         Kd(dwords<Op>(p.D)),
-        // Of few rows each thread gets the same share to within a strip or two: 5 to 12% of the forward at N = 256.
+        // Of few rows each thread gets the same share to within a strip or two: 3 to 9% of the forward at N = 256.
         chunk(std::min<int64_t>(round_up(ceil_div(p.N, p.N <= 512 ? 32 : 16), MR), B::CHUNK)) {}
 
   void run() {
