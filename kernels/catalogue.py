@@ -51,6 +51,12 @@ class Case:
     tensor_core: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def build(self) -> tuple[Any, ...]:
+        """What tells builds apart."""
+        return (self.kernel, tuple(self.signature.items()), tuple(self.constants.items()), self.divisible,
+                self.num_warps, self.num_stages)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Work:

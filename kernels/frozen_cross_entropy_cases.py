@@ -67,8 +67,8 @@ def _distinct(target: str) -> Iterator[tuple[Case, Work]]:
         for dtype in options.dtypes:
             for launch in launches(target, options, dtype):
                 case, done = _priced(launch, options, dtype)
-                if (key := int8_linear_cases.build_of(case)) not in seen:
-                    seen.add(key)
+                if case.build not in seen:
+                    seen.add(case.build)
                     named[case.name] += 1  # the first chunk, those after it, and a last one of another size
                     count = named[case.name]
                     yield replace(case, name=f"{case.name}-{count}") if count > 1 else case, done

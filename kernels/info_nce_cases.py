@@ -104,10 +104,8 @@ def _distinct(target: str) -> Iterator[tuple[Case, Work]]:
                 kernel = launch.kernel.__name__
                 # IEEE products of fp32 run on the FMA pipe.
                 case = launch.case(kernel, kernel in _PRODUCTS and arithmetic != "fp32")
-                key = (kernel, tuple(case.signature.items()), tuple(case.constants.items()), case.divisible,
-                       case.num_warps, case.num_stages)  # fmt: skip
-                if key not in seen:
-                    seen.add(key)
+                if case.build not in seen:
+                    seen.add(case.build)
                     yield replace(case, name=_name(case, launch, options, arithmetic)), work(launch, arithmetic)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -113,15 +112,9 @@ def _distinct(target: str) -> Iterator[tuple[Case, Work]]:
         for dtype in options.dtypes:
             for launch in launches(target, options, dtype):
                 case = _case(launch, options, dtype)
-                if (key := build_of(case)) not in seen:
-                    seen.add(key)
+                if case.build not in seen:
+                    seen.add(case.build)
                     yield case, work(launch, options, dtype)
-
-
-def build_of(case: Case) -> tuple[Any, ...]:
-    """What tells builds apart."""
-    return (case.kernel, tuple(case.signature.items()), tuple(case.constants.items()), case.divisible, case.num_warps,
-            case.num_stages)  # fmt: skip
 
 
 def work(launch: Launch, options: Options, dtype: str, stored: int | None = None, old: int = 0) -> Work:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -85,10 +86,8 @@ def _distinct(target: str) -> Iterator[tuple[Case, Work]]:
     for options in OPTIONS:
         for arithmetic in options.arithmetic:
             for case, work in _priced(target, options, arithmetic):
-                key = (case.kernel, tuple(case.signature.items()), tuple(case.constants.items()), case.divisible,
-                       case.num_warps, case.num_stages)  # fmt: skip
-                if key not in seen:
-                    seen.add(key)
+                if case.build not in seen:
+                    seen.add(case.build)
                     yield case, work
 
 
@@ -119,9 +118,7 @@ def work(launch: Launch, options: Options, arithmetic: str) -> Work:
     """Lower bounds of one launch."""
     kernel, c, o = launch.kernel.__name__, launch.constants, options
     t, size = o.N * o.new, _PRECISION[arithmetic][0].itemsize
-    programs = 1
-    for count in launch.grid:
-        programs *= count
+    programs = math.prod(launch.grid)
     shape = f"N={o.N} new={o.new} prefix={o.prefix} own={o.own} H={o.H} D={o.D}"
     if kernel == "prefix_attention_starts_kernel":
         return Work(shape, 0.0, 16.0 * o.N, 16.0 * o.N, programs, -(-o.N // c["BLOCK"]), arithmetic)

@@ -39,7 +39,8 @@ def prefix_attention_fwd(
     slots = splits + runs
     turned = torch.empty_like(out)
     part_sums = out.new_empty(t, heads, slots, dims, dtype=torch.float32)
-    part_tops, part_totals = (out.new_zeros(t, heads, slots, dtype=torch.float32) for _ in range(2))
+    part_tops = out.new_empty(t, heads, slots, dtype=torch.float32)
+    part_totals = torch.zeros_like(part_tops)  # 0: no part in this slot
     parts, how = (part_sums, part_tops, part_totals), {"SPLIT": split, "PAGE": page_size, "PRECISION": precision}
     kernels.prefix_attention_append_kernel[(t, heads)](
         q, k, v, pages, queries, lengths, page_table, queries if positions is None else positions,

@@ -113,10 +113,8 @@ def _distinct(target: str) -> Iterator[tuple[Case, Work]]:
                 products = _has_product(launch) and arithmetic != "fp32"
                 again = "_again" if launch.constants.get("HAS_TEXT") is False else ""  # the backward's, below a norm
                 case = launch.case(f"{kernel}/{options.name}{again}-{arithmetic}", products)
-                key = (kernel, tuple(case.signature.items()), tuple(case.constants.items()), case.divisible,
-                       case.num_warps, case.num_stages)  # fmt: skip
-                if key not in seen:
-                    seen.add(key)
+                if case.build not in seen:
+                    seen.add(case.build)
                     yield case, work(launch, arithmetic)
 
 

@@ -22,7 +22,7 @@ struct Blocks {
   static constexpr int NB = Op::TILES ? 384 : 256, MB = Op::TILES ? 512 : 504;
 #else
   // Columns: a packed text block of D = 512 fp32 is 512 KiB, half of an L2 of 1 MiB. 224, whose N = 256 are two blocks,
-  // is 2 to 16% slower at N = 256 and within 3% beyond (Zen 5).
+  // is up to 16% slower at N = 256 and within 3% beyond (Zen 5).
   static constexpr int NB = 256;
   static constexpr int MB = Op::P == 1 ? 504 : 1008;  // rows of a backward block: an fp32 dS is 536 KiB, the other half
 #endif

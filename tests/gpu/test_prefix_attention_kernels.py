@@ -43,26 +43,26 @@ class OnEngine(Call):
 
 
 def steps() -> dict[str, tuple]:
-    """Calls by name: dtype, heads, dimensions, options of the call, what to make of it, scale."""
-    half, full, brain = torch.float16, torch.float32, torch.bfloat16
+    """Calls by name: dtype, heads, dimensions, options of the call, the method that makes its sequences, scale."""
+    half, full, brain, decode = torch.float16, torch.float32, torch.bfloat16, ("forked", *cases.FORKS["decode"])
     return {
-        "many_rows_of_forks": (brain, 1, 64, {}, ("many", ((16, 48), ((0, 90), (5, 70), (9, 120), (2, 1)))), None),
-        "all_turned": (half, 1, 32, {"rotary_dims": 32}, ("many", ((16, 48), ((0, 9), (5, 0), (2, 300)))), None),
-        "one_row": (brain, 1, 16, {"rotary_dims": 0}, ("alone", "one"), None),
-        "mixed": (brain, 2, 64, {}, ("alone", "mixed"), None),
-        "mixed_fp16": (half, 2, 48, {}, ("alone", "mixed"), None),
-        "mixed_fp32": (full, 2, 64, {}, ("alone", "mixed"), None),
-        "chunks": (half, 1, 64, {"page_size": 5}, ("alone", "chunks"), None),
-        "many_rows": (brain, 1, 64, {}, ("alone", "many rows"), None),
-        "decode": (brain, 2, 64, {}, ("forked", "decode"), None),
-        "many_decode": (half, 1, 64, {}, ("forked", "many decode"), None),
-        "many_decode_fp32": (full, 1, 48, {"rotary_dims": 6}, ("forked", "many decode"), None),
-        "prefill": (brain, 2, 64, {"shuffled": True}, ("forked", "prefill"), None),
-        "nested": (brain, 3, 256, {"rotary_dims": 64}, ("forked", "nested"), 0.2),
-        "nested_fp32": (full, 2, 16, {"rotary_dims": 0, "page_size": 1}, ("forked", "nested"), None),
-        "sharp": (full, 2, 64, {"sharp": 50.0, "rotary_dims": 0}, ("forked", "decode"), None),
-        "large_logits": (full, 2, 64, {"sharp": 0.5, "offset": 300.0, "rotary_dims": 0}, ("forked", "decode"), None),
-        **{name: (brain, 1, 64, {}, ("long", name), None) for name in LONG},
+        "many_rows_of_forks": (brain, 1, 64, {}, ("forked", (16, 48), ((0, 90), (5, 70), (9, 120), (2, 1))), None),
+        "all_turned": (half, 1, 32, {"rotary_dims": 32}, ("forked", (16, 48), ((0, 9), (5, 0), (2, 300))), None),
+        "one_row": (brain, 1, 16, {"rotary_dims": 0}, ("alone", ((40, 1),)), None),
+        "mixed": (brain, 2, 64, {}, ("alone", cases.STEPS["mixed"]), None),
+        "mixed_fp16": (half, 2, 48, {}, ("alone", cases.STEPS["mixed"]), None),
+        "mixed_fp32": (full, 2, 64, {}, ("alone", cases.STEPS["mixed"]), None),
+        "chunks": (half, 1, 64, {"page_size": 5}, ("alone", cases.STEPS["chunks"]), None),
+        "many_rows": (brain, 1, 64, {}, ("alone", cases.STEPS["many rows"]), None),
+        "decode": (brain, 2, 64, {}, decode, None),
+        "many_decode": (half, 1, 64, {}, ("forked", *cases.FORKS["many decode"]), None),
+        "many_decode_fp32": (full, 1, 48, {"rotary_dims": 6}, ("forked", *cases.FORKS["many decode"]), None),
+        "prefill": (brain, 2, 64, {"shuffled": True}, ("forked", *cases.FORKS["prefill"]), None),
+        "nested": (brain, 3, 256, {"rotary_dims": 64}, ("forked", *cases.FORKS["nested"]), 0.2),
+        "nested_fp32": (full, 2, 16, {"rotary_dims": 0, "page_size": 1}, ("forked", *cases.FORKS["nested"]), None),
+        "sharp": (full, 2, 64, {"sharp": 50.0, "rotary_dims": 0}, decode, None),
+        "large_logits": (full, 2, 64, {"sharp": 0.5, "offset": 300.0, "rotary_dims": 0}, decode, None),
+        **{name: (brain, 1, 64, {}, ("forked", *fork), None) for name, fork in LONG.items()},
     }
 
 
@@ -72,13 +72,10 @@ KEPT = ("mixed", "nested", "nested_fp32", "prefill")
 
 @on_engines("name", STEPS, kept=KEPT)
 def test_against_float64(engine, name):
-    dtype, heads, dims, options, (kind, which), scale = STEPS[name]
+    dtype, heads, dims, options, (kind, *step), scale = STEPS[name]
     call = OnEngine(dtype, heads, dims, **options)
-    if kind == "alone":
-        sequences = call.alone(((40, 1),) if which == "one" else cases.STEPS[which])
-    else:
-        prefixes, members = {"forked": cases.FORKS, "long": LONG}[kind][which] if kind != "many" else which
-        sequences = call.forked(prefixes, members, cases.permutation(len(members)))
+    order = [cases.permutation(len(step[-1]))] if kind == "forked" else []
+    sequences = getattr(call, kind)(*step, *order)
     sharp, offset = options.get("sharp", 0.0), options.get("offset", 0.0)
     rounded = 2**-23 * 64**-0.5 * (offset**2 + 64 * 6 * sharp)  # fp32 rounds the logits, in any order of the sum
     call.check(engine, *sequences, scale=scale, more=rounded)
@@ -107,26 +104,8 @@ def test_positions_views_and_tables_wider_than_needed(engine):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("place", ["q", "k", "v", "cached k", "cached v"])
 def test_nan_and_inf_reach_those_who_see_them(monkeypatch, poisoned, place, value):
-    """And nobody in another sequence or head."""
     send_to_triton(monkeypatch, "prefix_attention", "interpreted")
-    call = OnEngine(torch.float32, 2, 16, rotary_dims=0)
-    sequences, queries = call.forked((40,), ((0, 1), (3, 1), (17, 1), (8, 30)))
-    other, more = call.alone(((30, 1), (0, 20)))
-    sequences, queries = sequences + other, queries + more
-    batch, pages = call.pool.batch(sequences, queries), call.pool.layer(0)
-    rows = dict(zip("qkv", call.rows(batch.tokens), strict=True))
-    may = torch.zeros(batch.tokens, 2, dtype=torch.bool)
-    if place in rows:
-        rows[place][20, 1, 5] = value
-        may[20 if place == "q" else slice(3, 33), 1] = True
-    else:
-        pages[sequences[0].pages[2], 1, "kv".index(place[-1]), 3, 5] = value
-        may[:33, 1] = True
-    true, _ = reference(*(x.double() for x in rows.values()), pages.double(), queries, [s.length for s in sequences],
-                        [s.pages for s in sequences])  # fmt: skip
-    found = call.attend("interpreted", *rows.values(), pages, batch)
-    wrong, sees = (~x.isfinite().all(2) for x in (found, true))
-    assert sees.any() and not (sees & ~wrong).any() and not (wrong & ~may).any()
+    OnEngine(torch.float32, 2, 16, rotary_dims=0).check_who_sees("interpreted", place, value)
 
 
 def test_nothing_new(engine):
@@ -134,12 +113,6 @@ def test_nothing_new(engine):
         rows, pages = torch.empty(3, 0, 2, 64).half(), torch.zeros(n, 2, 2, 8, 64).half()
         call = OnEngine(torch.float16, 2, 64, rotary_dims=0)
         assert call.attend(engine, *rows, pages, batch).shape == (0, 2, 64)
-
-
-def test_tiles_fit_what_the_rows_are():
-    for rows, dtype, wide in ((1, torch.bfloat16, 16), (2048, torch.bfloat16, 64), (63, torch.float16, 16),
-                              (2048, torch.float32, 16)):  # fmt: skip
-        assert launch.tiles(rows, dtype, 256)["BLOCK_M"] == wide
 
 
 def test_grids_of_many_sequences_and_long_tables():

@@ -82,6 +82,27 @@ class Call:
         for error, allowed in self.run(*args, **kwargs):
             assert error <= 2 * allowed + cases.FLOOR[self.dtype] + more, (error, allowed)
 
+    def check_who_sees(self, engine, place, value):
+        """NaN or an infinity in the second of two heads reaches those who see it, and nobody in another sequence or
+        head."""
+        sequences, queries = self.forked((40,), ((0, 1), (3, 1), (17, 1), (8, 30)))
+        other, more = self.alone(((30, 1), (0, 20)))
+        sequences, queries = sequences + other, queries + more
+        batch, pages = self.pool.batch(sequences, queries), self.pool.layer(0)
+        rows = dict(zip("qkv", self.rows(batch.tokens), strict=True))
+        may = torch.zeros(batch.tokens, 2, dtype=torch.bool)
+        if place in rows:
+            rows[place][20, 1, 5] = value
+            may[20 if place == "q" else slice(3, 33), 1] = True
+        else:
+            pages[sequences[0].pages[2], 1, "kv".index(place[-1]), 3, 5] = value
+            may[:33, 1] = True
+        true, _ = reference(*(x.double() for x in rows.values()), pages.double(), queries,
+                            [s.length for s in sequences], [s.pages for s in sequences])  # fmt: skip
+        found = self.attend(engine, *rows.values(), pages, batch)
+        wrong, sees = (~x.isfinite().all(2) for x in (found, true))
+        assert sees.any() and not (sees & ~wrong).any() and not (wrong & ~may).any()
+
 
 DTYPES = (*cases.DTYPES,)
 
@@ -177,25 +198,7 @@ def test_no_sequences(engine):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("place", ["q", "k", "v", "cached k", "cached v"])
 def test_nan_and_inf_reach_those_who_see_them(engine, poisoned, place, value):
-    """And nobody in another sequence or head."""
-    call = Call(torch.float32, 2, 64, rotary_dims=0)
-    sequences, queries = call.forked((40,), ((0, 1), (3, 1), (17, 1), (8, 30)))
-    other, more = call.alone(((30, 1), (0, 20)))
-    sequences, queries = sequences + other, queries + more
-    batch, pages = call.pool.batch(sequences, queries), call.pool.layer(0)
-    rows = dict(zip("qkv", cases.attention_rows(batch.tokens, 2, 64, torch.float32), strict=True))
-    may = torch.zeros(batch.tokens, 2, dtype=torch.bool)
-    if place in rows:
-        rows[place][20, 1, 5] = value
-        may[20 if place == "q" else slice(3, 33), 1] = True
-    else:
-        pages[sequences[0].pages[2], 1, "kv".index(place[-1]), 3, 5] = value
-        may[:33, 1] = True
-    true, _ = reference(*(x.double() for x in rows.values()), pages.double(), queries, [s.length for s in sequences],
-                        [s.pages for s in sequences])  # fmt: skip
-    found = prefix_attention(**rows, pages=pages, batch=batch, backend=engine)
-    wrong, sees = (~x.isfinite().all(2) for x in (found, true))
-    assert sees.any() and not (sees & ~wrong).any() and not (wrong & ~may).any()
+    Call(torch.float32, 2, 64, rotary_dims=0).check_who_sees(engine, place, value)
 
 
 def test_eager_alone_is_sdpa():
