@@ -19,7 +19,8 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Ceilings:
-    """FLOP/s and bytes/s of all threads together; every figure is the best of several short runs.
+    """FLOP/s and bytes/s of all threads together; every figure is the best of several short runs. `facts` are of the
+    start; on the CPU `peak` and `bandwidth` measure anew, in less than a second.
 
     Args:
         threads: as many threads as the benchmarks run on.
@@ -28,7 +29,7 @@ class Ceilings:
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self._isa_peaks = {isa: self._registers(isa) for isa in native.available_isas()}
-        self.read_bytes_per_s = 0.0 if not self._isa_peaks else native.cpu().read_bandwidth(threads)
+        self.read_bytes_per_s = self._read_memory() if self._isa_peaks else 0.0
         self.torch_gemm = {kind: _gemm("cpu", dtype, 2048) for kind, dtype in _DTYPES.items()}
 
     def peak(self, device: str, isa: str, dtype: str) -> tuple[str, float]:
@@ -36,7 +37,7 @@ class Ceilings:
         kind = {"bfloat16": "bf16", "int8": "int8"}.get(dtype, "fp32")
         if device == "cuda":
             return f"torch GEMM {kind} on CUDA", self._cuda_gemm[kind]
-        peaks = self._isa_peaks[isa]
+        peaks = self._registers(isa)
         # Intel without AMX: dot products of bf16 are slower than multiply-adds of the same numbers in fp32.
         if kind != "fp32" and peaks[kind] > (peaks["fp32"] if kind == "bf16" else 0):
             return f"{isa} {kind} dot products", peaks[kind]
@@ -48,7 +49,7 @@ class Ceilings:
         """Name and bytes/s of the ceiling of a row that reads and writes more than it computes."""
         if device == "cuda":
             return "reading device memory", self._cuda_read_bytes_per_s
-        return "reading memory", self.read_bytes_per_s
+        return "reading memory", self._read_memory()
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -65,6 +66,9 @@ class Ceilings:
         runs = [module.cpu_peaks(self.threads) for _ in range(10)]  # one is over in milliseconds
         best = (self.threads * max(figures) for figures in zip(*runs, strict=True))
         return dict(zip(("fp32", "bf16", "int8"), best, strict=True))
+
+    def _read_memory(self) -> float:
+        return native.cpu().read_bandwidth(self.threads)
 
     @cached_property
     def _cuda_gemm(self) -> dict[str, float]:

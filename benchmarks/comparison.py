@@ -5,9 +5,9 @@ from __future__ import annotations
 import ctypes
 import statistics
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +96,9 @@ def measure(trial: Trial, device: str, benchmark: Any, budget: float, fewest_rou
     """Checks, then times `trial` under pytest-benchmark's `benchmark`, for about `budget` seconds.
 
     The first call of each at this shape is the cold one; it also gives the peak memory (beyond the inputs, gradients
-    included). Every round then runs each baseline, then ours: drift of the machine hits both alike, and the ratio is
-    the median over rounds of baseline time / our time. The baselines' order turns from round to round: what follows a
-    large one starts with cold caches, and that is not to be always the same one.
+    included). Then every baseline is run in pairs with ours, a pair of each in a round: drift of the machine hits both
+    alike, and the ratio is the median over pairs of baseline time / our time. Of a pair each follows the other:
+    baselines one after the other find each other's code and data warm.
 
     Returns: columns of the row; nothing but the error where pytest-benchmark is disabled.
     Raises: AssertionError where a result is wrong, before anything is reported.
@@ -119,26 +119,26 @@ def measure(trial: Trial, device: str, benchmark: Any, budget: float, fewest_rou
         return columns
 
     seconds: dict[str, list[float]] = {name: [] for name in trial.baselines}
-    order = deque(trial.baselines)
+    turn = cycle(trial.baselines)
 
-    def baselines_in_turn() -> None:
-        order.rotate()
-        for name in order:
+    def next_baseline() -> None:
+        for name in islice(turn, 1):
             seconds[name].append(_timed(trial.baselines[name], device)[1])
 
-    round_seconds = sum(first for first, _ in cold.values())
-    if round_seconds < budget:  # the caches' and allocators' warm-up; a long first call has done it by itself
-        round_seconds = sum(_timed(function, device)[1] for function in functions.values())
-    rounds = max(fewest_rounds, min(MAX_ROUNDS, int(budget / round_seconds)))
-    benchmark.pedantic(_synchronised(trial.ours, device), setup=baselines_in_turn, rounds=rounds)
+    pairs = max(1, len(seconds))
+    times = {name: first for name, (first, _) in cold.items()}
+    if sum(times.values()) < budget:  # the caches' and allocators' warm-up; a long first call has done it by itself
+        times = {name: _timed(function, device)[1] for name, function in functions.items()}
+    rounds = max(fewest_rounds, min(MAX_ROUNDS, int(budget / (sum(times.values()) + (pairs - 1) * times[""]))))
+    benchmark.pedantic(_synchronised(trial.ours, device), setup=next_baseline, rounds=rounds * pairs)
 
     ours = benchmark.stats.stats.data
     columns |= {"rounds": rounds, "flops": trial.flops, "bytes": trial.bytes, "warm_s": statistics.median(ours),
                 "best_s": min(ours), "cold_s": cold[""][0], "peak_bytes": cold[""][1],
                 "flop_per_s": trial.flops / statistics.median(ours)}  # fmt: skip
-    for name, theirs in seconds.items():
+    for first, (name, theirs) in enumerate(seconds.items()):
         columns |= {
-            f"{name}_ratio": statistics.median(a / b for a, b in zip(theirs, ours, strict=True)),
+            f"{name}_ratio": statistics.median(a / b for a, b in zip(theirs, ours[first::pairs], strict=True)),
             f"{name}_ratio_of_best": min(theirs) / min(ours),
             f"{name}_warm_s": statistics.median(theirs),
             f"{name}_cold_s": cold[name][0],

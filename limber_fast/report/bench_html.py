@@ -20,11 +20,11 @@ _LINES = {"float32": "--", "bfloat16": "-", "float16": ":"}
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _COLOURS = {"eager": FUSED, "eager_fp32": SOFT}
 _READING = (
-    "Forward and backward. eager / ours: the median over rounds of the ratio of times, each round running first the "
-    "baselines, then ours, in one process; above 1 ours is faster. Every result was checked against sums in float64 "
-    "before it was timed. Cold: the first call at this shape. Memory: the rise of the peak during that call, gradients "
-    "included. Of ceiling: executed floating-point operations against the register-only peak of the same instruction "
-    "set, measured in this run with all threads busy."
+    "Forward and backward. eager / ours: the median over pairs of the ratio of times, a baseline and ours by turns in "
+    "one process; above 1 ours is faster. Every result was checked against sums in float64 before it was timed. Cold: "
+    "the first call at this shape. Memory: the rise of the peak during that call, gradients included. Of ceiling: "
+    "executed floating-point operations against the register-only peak of the same instruction set with all threads "
+    "busy, the higher of two measured right before and right after the row."
 )
 
 
@@ -59,7 +59,7 @@ def render(result: dict[str, Any]) -> str:
             f'<div style="overflow-x: auto">{page.table(HEADER, cells(rows))}</div>',
             page.paragraph(_READING, "note"),
         ),
-        page.section("ceilings", "Ceilings of this machine, measured in this run", _ceilings(result["ceilings"])),
+        page.section("ceilings", "Ceilings of this machine, at the start of this run", _ceilings(result["ceilings"])),
         page.section("machine", "This machine", page.table(("", ""), _machine(result))),
     )
 
