@@ -21,9 +21,10 @@ struct Blocks {
   // Machines with AMX have 2 MiB of L2. Tiles: (NB, MB) of (224, 1024) is 13% slower, (512, 512) and (512, 1024) equal.
   static constexpr int NB = Op::TILES ? 384 : 256, MB = Op::TILES ? 512 : 504;
 #else
-  // Columns: a packed text block of D = 512 fp32 is 512 KiB, half of an L2 of 1 MiB. 224, whose N = 256 are two blocks,
-  // is up to 16% slower at N = 256 and within 3% beyond (Zen 5).
-  static constexpr int NB = 256;
+  // Columns: a packed text block of D = 512 is 512 KiB, half of an L2 of 1 MiB. On Zen 5 224, whose N = 256 are two
+  // blocks, is up to 16% slower at N = 256 and within 3% beyond, and 256 for bf16, as for fp32, 2 to 3% at D = 512 and
+  // 4 to 15% at D = 2048 and 4096.
+  static constexpr int NB = 256 * Op::P;
   static constexpr int MB = Op::P == 1 ? 504 : 1008;  // rows of a backward block: an fp32 dS is 536 KiB, the other half
 #endif
   static constexpr int LDS = NB + 16;  // strip stride: 1088 bytes keep 14 rows out of each other's L1 sets
