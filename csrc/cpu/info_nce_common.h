@@ -21,13 +21,12 @@ struct Blocks {
   // Machines with AMX have 2 MiB of L2. Tiles: (NB, MB) of (224, 1024) is 13% slower, (512, 512) and (512, 1024) equal.
   static constexpr int NB = Op::TILES ? 384 : 256, MB = Op::TILES ? 512 : 504;
 #else
-  // Columns: a packed text block of D = 512 is 512 KiB, half of an L2 of 1 MiB. On Zen 5 224, whose N = 256 are two
-  // blocks, is up to 16% slower at N = 256 and within 3% beyond, and 256 for bf16, as for fp32, 2 to 3% at D = 512 and
-  // 4 to 15% at D = 2048 and 4096.
-  static constexpr int NB = 256 * Op::P;
-  static constexpr int MB = Op::P == 1 ? 504 : 1008;  // rows of a backward block: an fp32 dS is 536 KiB, the other half
+  // On Zen 5 (256, 504) is 2% slower at D = 512 and 2 to 15% at 2048 and 4096, (512, 2016) equal, and (192, 504) and
+  // (384, 504) are 1 to 2% slower than that in fp32. N = 256 is to be one block of columns: two cost up to 16%.
+  // Narrower vectors multiply at half the rate or less: half the bytes, for the 512 KiB of Zen 3's L2.
+  static constexpr int NB = simd::W == 16 ? 512 : 256, MB = simd::W == 16 ? 1008 : 504;
 #endif
-  static constexpr int LDS = NB + 16;  // strip stride: 1088 bytes keep 14 rows out of each other's L1 sets
+  static constexpr int LDS = NB + 16;  // strip stride: 33 lines keep 14 rows out of each other's L1 sets
   // Dwords of a row of dS, of AMX a thirty-second of a panel's; of a pair of rows.
   static constexpr int LDN = Op::TILES ? dwords<Op>(NB) : NB / Op::P + 16;
   static constexpr int LDP = Op::P == 1 ? LDN : Op::TILES ? NB * Op::PARTS : NB + 16;
@@ -184,12 +183,12 @@ struct TileCache {
   }
 };
 
-// strip[R x nb] = A panel . B block, or += what dwords k0 .. k1-1 of their Kd add to it. On AMX tiles in parts of k, so
-// that A's, 16 or 24 KiB, stays in L1 while B streams past.
+// strip[R x nb] = A panel . B block, or += what dwords k0 .. k1-1 of their Kd add to it. In parts of k, so that A's, 7
+// KiB, or 16 or 24 on AMX, stays in L1 while B streams past: 1% in fp32 at D = 512.
 template <class Op>
 static void dot_strip(float* strip, int R, int64_t Kd, const float* A, const float* B, int64_t nb, int64_t k0,
                       int64_t k1) {
-  const int64_t part = !Op::TILES ? Kd : Op::PARTS == 1 ? 128 : 64 * Op::PARTS;
+  constexpr int64_t part = Op::PARTS == 1 ? 128 : 64 * Op::PARTS;
   for (int64_t k = k0; k < k1; k += part)
     for (int64_t j = 0; j < nb; j += NR)
       gemm_tile<Op, 1, Op::MR>(R, std::min(part, k1 - k), A + k * Op::MR, B + j * Kd + k * NR, strip + j,
