@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from limber_fast.models.gptj_config import GPTJConfig
-from limber_fast.ops.int8_linear import int8_linear
+from limber_fast.ops.int8_linear import int8_linear, unchecked_int8_linear
 from limber_fast.ops.int8_weight import Int8Weight
 
 
@@ -45,10 +45,14 @@ class FrozenLinear(nn.Module):
         wide = torch.float32 if precision.weights == "int8" else precision.dtype  # the kernels' epilogue is in fp32
         self.register_buffer("bias", torch.empty(n, dtype=wide, device=device) if bias else None)
 
-    def forward(self, x: Tensor, activation: str | None = None, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, activation: str | None = None, residual: Tensor | None = None,
+        linear: Callable[..., Tensor] = int8_linear,
+    ) -> Tensor:  # fmt: skip
+        """linear: what multiplies in int8; unchecked_int8_linear for operands that the model made itself."""
         if isinstance(self.weight, Int8Weight):
             how = self.precision
-            return int8_linear(
+            return linear(
                 x, self.weight, self.bias, activation=activation, residual=residual, compute=how.compute,
                 outlier_threshold=how.outlier_threshold,
             )  # fmt: skip
@@ -110,7 +114,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         """x [T, E] -> [T, E]; `attend` maps q|k|v [T, 3 E] to [T, E]."""
-        h = self.ln_1(x)
-        x = self.out_proj(attend(self.qkv(h)), residual=x)
-        h = self.fc_in(h, activation="gelu_new")
-        return self.fc_out(h, residual=x) if self.adapter is None else self.adapter(self.fc_out(h), x)
+        h, own = self.ln_1(x), unchecked_int8_linear
+        x = self.out_proj(attend(self.qkv(h, linear=own)), residual=x, linear=own)
+        h = self.fc_in(h, activation="gelu_new", linear=own)
+        if self.adapter is None:
+            return self.fc_out(h, residual=x, linear=own)
+        return self.adapter(self.fc_out(h, linear=own), x)

@@ -7,8 +7,7 @@ The public function, with its documentation and argument checks, is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +18,7 @@ from limber_fast.ops import registration
 _EAGER = "the plain formula, limber_fast.reference.frozen_cross_entropy, has every derivative"
 
 
-@dataclass(frozen=True, slots=True)
-class FrozenCrossEntropyRequest:
+class FrozenCrossEntropyRequest(NamedTuple):
     """What a backend is told when it is asked whether it can run a call."""
 
     device: torch.device

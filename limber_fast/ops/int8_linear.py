@@ -89,21 +89,34 @@ def int8_linear(
     checks.int8_operands(_OP, x, weight, weight.shape)
     x, residual = registration.autocast(x, residual)
     checks.supported_compute(_OP, x, compute)
-    n, k = weight.shape
     if bias is not None:
-        checks.frozen_bias(_OP, bias, n, x)
+        checks.frozen_bias(_OP, bias, weight.shape[0], x)
         bias = bias.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
     if residual is not None:
-        checks.residual_stream(_OP, residual, n, x)
+        checks.residual_stream(_OP, residual, weight.shape[0], x)
+    return unchecked_int8_linear(
+        x, weight, bias, activation=activation, residual=residual, compute=compute, outlier_threshold=outlier_threshold,
+        backend=backend,
+    )  # fmt: skip
+
+
+def unchecked_int8_linear(
+    x: Tensor, weight: Int8Weight, bias: Tensor | None, *, activation: str | None, residual: Tensor | None,
+    compute: str, outlier_threshold: float, backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """`int8_linear` for a caller whose operands hold its contract by construction, and bias [N] is contiguous, in fp32
+    (fp64 beside an x of fp64): half of the Python of a call."""
+    x, residual = registration.autocast(x, residual)
+    n, k = weight.shape
     out, _ = registration.call(
         torch.ops.limber_fast.int8_linear_fwd.default,
         _rows(x, k), weight.packed, weight.scales, weight.row_sums, weight.column_sums, bias,
         None if residual is None else _rows(residual, n), activation, compute,
         float(outlier_threshold) or math.inf, False, dispatch.preferred(backend),
     )  # fmt: skip
-    return out.reshape(*x.shape[:-1], n)
+    return out if x.ndim == 2 else out.reshape(*x.shape[:-1], n)
 
 
 def _rows(x: Tensor, width: int) -> Tensor:
-    x = x.reshape(-1, width)
+    x = x if x.ndim == 2 else x.reshape(-1, width)
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -5,8 +5,7 @@ The public function, with its documentation and argument checks, is `limber_fast
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +16,7 @@ from limber_fast.ops import registration
 _EAGER = "the plain formula, limber_fast.reference.int8_linear, has every derivative"
 
 
-@dataclass(frozen=True, slots=True)
-class Int8LinearRequest:
+class Int8LinearRequest(NamedTuple):
     """What a backend is told when it is asked whether it can run a call; in the backward pass N and K change places."""
 
     device: torch.device
@@ -37,7 +35,7 @@ def _forward(
     x: Tensor, packed: Tensor, scales: Tensor, row_sums: Tensor, column_sums: Tensor, bias: Tensor | None,
     residual: Tensor | None, activation: str | None, compute: str, outlier_threshold: float, keep: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    out, preactivation = _backend(backend, x, len(scales), compute).int8_linear_fwd(
+    out, preactivation = _backend(backend, x, scales.shape[0], compute).int8_linear_fwd(
         x, packed, scales, row_sums, bias, residual, activation=activation, compute=compute,
         outlier_threshold=outlier_threshold, keep=keep and activation is not None,
     )  # fmt: skip

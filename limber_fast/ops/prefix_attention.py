@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from limber_fast import checks, dispatch
+from limber_fast.ops import registration
 from limber_fast.ops.paged_batch import PAGE_SIZE, PagedBatch
 from limber_fast.ops.prefix_attention_op import PrefixAttentionRequest
 
@@ -95,9 +96,18 @@ def prefix_attention(
     if scale is None:
         scale = q.shape[2] ** -0.5
     checks.positive(_OP, "scale", scale)
-    return torch.ops.limber_fast.prefix_attention_fwd.default(
+    return unchecked_prefix_attention(q, k, v, pages, batch, rotary, float(scale), backend)
+
+
+def unchecked_prefix_attention(
+    q: Tensor, k: Tensor, v: Tensor, pages: Tensor, batch: PagedBatch, rotary: Tensor | None, scale: float,
+    backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """`prefix_attention` for a caller whose operands hold its contract by construction."""
+    return registration.call(
+        torch.ops.limber_fast.prefix_attention_fwd.default,
         _rows(q), _rows(k), _rows(v), pages, batch.queries, batch.lengths, batch.page_table, batch.order, batch.shared,
-        batch.private, batch.positions, rotary, float(scale), dispatch.preferred(backend),
+        batch.private, batch.positions, rotary, scale, dispatch.preferred(backend),
     )  # fmt: skip
 
 

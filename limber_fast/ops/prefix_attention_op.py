@@ -5,7 +5,7 @@ The public function, with its documentation and argument checks, is `limber_fast
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +14,7 @@ from limber_fast import dispatch
 from limber_fast.ops import registration
 
 
-@dataclass(frozen=True, slots=True)
-class PrefixAttentionRequest:
+class PrefixAttentionRequest(NamedTuple):
     """What a backend is told when it is asked whether it can run a call."""
 
     device: torch.device

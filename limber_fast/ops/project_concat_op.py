@@ -5,8 +5,7 @@ The public function, with its documentation and argument checks, is `limber_fast
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +17,7 @@ from limber_fast.ops import registration
 _EAGER = "the plain formula, limber_fast.reference.project_concat, has every derivative"
 
 
-@dataclass(frozen=True, slots=True)
-class ProjectConcatRequest:
+class ProjectConcatRequest(NamedTuple):
     """What a backend is told when it is asked whether it can run a call; rows = n_images k soft prompts."""
 
     device: torch.device
