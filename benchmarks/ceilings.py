@@ -20,7 +20,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 class Ceilings:
     """FLOP/s and bytes/s of all threads together; every figure is the best of several short runs. `facts` are of the
-    start; on the CPU `peak` and `bandwidth` measure anew, in less than a second.
+    start; on the CPU `peak` and `bandwidth` measure anew, for a second or less.
 
     Args:
         threads: as many threads as the benchmarks run on.

@@ -137,9 +137,10 @@ def measure(trial: Trial, device: str, benchmark: Any, budget: float, fewest_rou
                 "best_s": min(ours), "cold_s": cold[""][0], "peak_bytes": cold[""][1],
                 "flop_per_s": trial.flops / statistics.median(ours)}  # fmt: skip
     for first, (name, theirs) in enumerate(seconds.items()):
+        beside = ours[first::pairs]
         columns |= {
-            f"{name}_ratio": statistics.median(a / b for a, b in zip(theirs, ours[first::pairs], strict=True)),
-            f"{name}_ratio_of_best": min(theirs) / min(ours),
+            f"{name}_ratio": statistics.median(a / b for a, b in zip(theirs, beside, strict=True)),
+            f"{name}_ratio_of_best": min(theirs) / min(beside),
             f"{name}_warm_s": statistics.median(theirs),
             f"{name}_cold_s": cold[name][0],
             f"{name}_peak_bytes": cold[name][1],

@@ -3,7 +3,7 @@
 //   dS_ij = a_i P_ij + b_j Q_ij - [positive] (a_i + b_j) (1 - eps) - eps (a_i / C_i + b_j / C'_j),   d_image = scale dS
 //   T,  d_text = scale dS^T I
 // with P, Q the row and column softmax and a, b the gradients of the row and column losses. Per block of MB x NB:
-// strips of x (recomputed, or E from the cache) become dS in L2, then d_image += dS T and d_text += dS^T I. Every
+// strips of x (recomputed, or E from the cache) become dS, then d_image += dS T and d_text += dS^T I. Every
 // strip, d_image strip and d_text panel has one owner and a fixed order of accumulation (d_image over column blocks,
 // d_text over row blocks): bit-equal for any number of threads. FLOP: 6 N (M + K) D.
 #pragma once
@@ -28,14 +28,14 @@ class InfoNceBackward {
  public:
   explicit InfoNceBackward(const InfoNceParams& params)
       : p(params),
-        cols(p, NB),
+        cols(p, block_size<Op>(p.D, PANEL_BUDGET, NR, NB)),
         negatives(p),
         cache(p),
         logits(log2_scale(p)),
         Kd(dwords<Op>(p.D)),
         Dp(round_up(p.D, NR)),
         direct(p.dtype == Dtype::f32),
-        high(round_up(ceil_div(p.N, ceil_div(p.N, MB)), MR)),
+        high(round_up(ceil_div(p.N, ceil_div(p.N, block_size<Op>(p.D, ROW_BUDGET, MR, MB))), MR)),
         super(cols.super_block(p.D * (8 * PARTS / P + (direct ? 0 : 4)))) {}  // packed twice, and an accumulator
 
   void run() {

@@ -21,12 +21,13 @@ struct Blocks {
   // Machines with AMX have 2 MiB of L2. Tiles: (NB, MB) of (224, 1024) is 13% slower, (512, 512) and (512, 1024) equal.
   static constexpr int NB = Op::TILES ? 384 : 256, MB = Op::TILES ? 512 : 504;
 #else
-  // On Zen 5 (256, 504) is 2% slower at D = 512 and 2 to 15% at 2048 and 4096, (512, 2016) equal, and (192, 504) and
-  // (384, 504) are 1 to 2% slower than that in fp32. N = 256 is to be one block of columns: two cost up to 16%.
-  // Narrower vectors multiply at half the rate or less: half the bytes, for the 512 KiB of Zen 3's L2.
+  // On Zen 5, whose L2 is 1 MiB, (256, 504) is 2% slower at D = 512 and 2 to 15% at 2048 and 4096, though dS and a
+  // packed text block then lie in L2 and now, in fp32 and at D = 512, in L3; (192, 504) and (384, 504) are 1 to 2%
+  // slower than (256, 504) in fp32, (512, 2016) is no faster. N = 256 is to be one block of columns: two cost up to
+  // 16%. Narrower vectors multiply at half the rate or less: half the bytes, for the 512 KiB of Zen 3's L2.
   static constexpr int NB = simd::W == 16 ? 512 : 256, MB = simd::W == 16 ? 1008 : 504;
 #endif
-  static constexpr int LDS = NB + 16;  // strip stride: 33 lines keep 14 rows out of each other's L1 sets
+  static constexpr int LDS = NB + 16;  // strip stride: an odd number of lines keeps rows out of each other's L1 sets
   // Dwords of a row of dS, of AMX a thirty-second of a panel's; of a pair of rows.
   static constexpr int LDN = Op::TILES ? dwords<Op>(NB) : NB / Op::P + 16;
   static constexpr int LDP = Op::P == 1 ? LDN : Op::TILES ? NB * Op::PARTS : NB + 16;
@@ -35,13 +36,27 @@ struct Blocks {
   static_assert(NB % NR == 0 && MB % MR == 0 && (Op::P == 1 || MR % 2 == 0), "blocks are whole tiles");
 };
 
-constexpr int64_t PANEL_BUDGET = int64_t(96) << 20;  // packed text panels and their accumulator, bytes
-constexpr int64_t MAX_COLUMNS = 65536;               // of a super-block: bounds the forward's per-task column sums
+// Bytes, so that with the cache off all stay within 256 MiB + 20 bytes a row of either tower: text panels and their
+// accumulator, and what a block of image rows holds. State and sums are 40 bytes a row; 20 come out of the panels',
+// down to a third of them: up to 1.9 million pairs.
+constexpr int64_t PANEL_BUDGET = int64_t(96) << 20, ROW_BUDGET = int64_t(24) << 20;
+constexpr int64_t MAX_COLUMNS = 65536;  // of a super-block: bounds the forward's per-task column sums
+
+// Of a row or column in the backward: packed twice, and fp32 sums.
+template <class Op>
+constexpr int64_t packed_bytes(int64_t D) {
+  return D * (8 * Op::PARTS / Op::P + 4);
+}
+// `most` rows or columns in a block, fewer of very wide ones; whole register tiles.
+template <class Op>
+int64_t block_size(int64_t D, int64_t budget, int64_t tile, int64_t most) {
+  return std::clamp(budget / packed_bytes<Op>(D) / tile * tile, tile, most);
+}
 
 // The columns in blocks that never straddle text and extra negatives, and super-blocks of them whose panels fit the
 // budget.
 struct Columns {
-  int64_t M, K, NB, text_blocks, count;
+  int64_t M, K, NB, text_blocks, count, budget;
   // Even blocks of at most `widest`, 288 columns as 160 + 128 instead of 256 + 32: short products, where blocks were
   // 224 wide and 256 columns 224 + 32, cost 6% of the backward.
   Columns(const InfoNceParams& p, int64_t widest)
@@ -49,7 +64,8 @@ struct Columns {
         K(p.K),
         NB(K ? widest : round_up(ceil_div(M, ceil_div(M, widest)), NR)),
         text_blocks(ceil_div(M, NB)),
-        count(text_blocks + ceil_div(K, NB)) {}
+        count(text_blocks + ceil_div(K, NB)),
+        budget(std::max(PANEL_BUDGET / 3, PANEL_BUDGET - 20 * (p.N + M + K))) {}
   int64_t begin(int64_t b) const { return b < text_blocks ? b * NB : M + (b - text_blocks) * NB; }
   int64_t size(int64_t b) const { return std::min(NB, (b < text_blocks ? M : M + K) - begin(b)); }
   // Blocks b0 .. b1-1 as transposed panels, by all threads of a parallel region: panel by panel, for there may be a
@@ -64,7 +80,7 @@ struct Columns {
     }
   }
   int64_t super_block(int64_t bytes_per_column) const {
-    return std::clamp<int64_t>(std::min(PANEL_BUDGET / bytes_per_column, MAX_COLUMNS) / NB, 1, count);
+    return std::clamp<int64_t>(std::min(budget / bytes_per_column, MAX_COLUMNS) / NB, 1, count);
   }
 };
 

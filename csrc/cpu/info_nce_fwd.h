@@ -109,7 +109,7 @@ class InfoNceForward {
  public:
   explicit InfoNceForward(const InfoNceParams& params)
       : p(params),
-        cols(p, NB),
+        cols(p, block_size<Op>(p.D, PANEL_BUDGET, NR, NB)),
         negatives(p),
         cache(p),
         alpha(log2_scale(p)),
@@ -152,7 +152,7 @@ class InfoNceForward {
         cols.template pack<Op>(texts, b0, b1, panels);
         for (int64_t t0 = 0; t0 < tasks; t0 += group) {
           const int64_t t1 = std::min(t0 + group, tasks);
-          // A unit's tasks run side by side, against the same column block in a thread's L2. Their results do not
+          // A unit's tasks run side by side, against the same column block. Their results do not
           // depend on it.
           const int64_t units = p.threads * ceil_div(t1 - t0, p.threads * (B::CHUNK / chunk));
           auto unit = [&](int64_t u) { return t0 + (t1 - t0) * u / units; };

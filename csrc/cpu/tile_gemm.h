@@ -29,7 +29,7 @@ static inline __attribute__((always_inline)) void micro(int64_t K, const float* 
   for (int64_t k = 0; k < K; k++, A += KS, B += NR) {
     __builtin_prefetch(B + 16 * NR);
     if (simd::W == 16) __builtin_prefetch(B + 16 * NR + simd::W);  // elsewhere the same line
-    if (KS > Op::MR) __builtin_prefetch(A + 16 * KS);  // a packed panel comes by itself: 2 to 5% on SSE, which decodes
+    if (KS > Op::MR) __builtin_prefetch(A + 16 * KS);              // a packed panel comes by itself; 2 to 5% on SSE
     simd::vec b0 = simd::load(B), b1 = simd::load(B + simd::W);
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {

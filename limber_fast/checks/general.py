@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import reprlib
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
@@ -73,8 +75,8 @@ def same_device(op: str, name: str, x: Tensor, like_name: str, like: Tensor) -> 
         raise invalid(op, name, f"be on the device of {like_name}, {like.device}", str(x.device), remedy)
 
 
-def number(op: str, name: str, x: float | Tensor) -> None:
-    """A real number (Python's, NumPy's or a 0-d array), or a floating-point tensor with one element."""
+def number(op: str, name: str, x: float | Tensor, dtype: torch.dtype) -> None:
+    """A real number (Python's, NumPy's or a 0-d array) within `dtype`, or a floating-point tensor with one element."""
     if isinstance(x, Tensor):
         if not x.is_floating_point():
             raise invalid(op, name, "be floating point", kind_of(x), f"convert it: {name}.float()", kind=TypeError)
@@ -84,6 +86,8 @@ def number(op: str, name: str, x: float | Tensor) -> None:
     elif not (_is_real(x) or (isinstance(x, np.ndarray) and x.ndim == 0 and _is_real(x[()]))):
         remedy = f"convert it: float({name})"
         raise invalid(op, name, "be a number or a tensor with one element", kind_of(x), remedy, kind=TypeError)
+    elif torch.finfo(dtype).max < abs(x) != math.inf:
+        raise invalid(op, name, f"lie within {dtype}", reprlib.repr(x), "scale it down")
 
 
 def _is_real(x: Any) -> bool:

@@ -214,8 +214,8 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 
 def _scalar(name: str, x: float | Tensor, image: Tensor) -> Tensor:
-    checks.number(_OP, name, x)
     dtype = torch.float64 if image.dtype == torch.float64 else torch.float32
+    checks.number(_OP, name, x, dtype)
     if not isinstance(x, Tensor):
         return torch.full((), x if isinstance(x, (int, float)) else float(x), dtype=dtype, device=image.device)
     if x.ndim:

@@ -51,6 +51,8 @@ BAD_VALUES = {
     "unknown variant": (dict(variant="hinge"), r"variant must be one of 'softmax', 'sigmoid'; got 'hinge'"),
     "unknown reduction": (dict(reduction="max"), r"reduction must be one of 'mean', 'sum', 'none'; got 'max'"),
     "negative cache": (dict(cache_mb=-1), r"cache_mb must not be negative; got -1; 0 turns it off"),
+    "scale beyond fp32": (dict(logit_scale=1e39), r"logit_scale must lie within torch.float32; got 1e\+39;"),
+    "bias beyond floats": (dict(logit_bias=10**400), r"logit_bias must lie within torch.float32; got 1000"),
     "two scales": (dict(logit_scale=torch.ones(2)), r"logit_scale must be a number or a tensor .*one value serves all"),
     "unknown backend": (
         dict(backend="tpu"),
