@@ -139,7 +139,7 @@ class InfoNceBackward {
                                           k + 1 == cols.count ? row_gradient(i0 + i) : nullptr);
                   });
               // Without wanted columns the empty loop is the barrier that keeps dS until every d_image strip has read
-              // it.
+              // it. (A second dS, which spares the barrier, is no faster.)
 #pragma omp for schedule(runtime)
               for (int64_t t = 0; t < (want_cols && gradient_of(j0) ? groups(nb) : 0); t++) {
                 const int64_t c = t % ceil_div(nb, group_rows()) * group_rows();  // the group's first column
