@@ -101,9 +101,7 @@ def prepare(workload: Workload) -> Trial:
         baselines = {"eager": in_turn(lambda layer, _: activated(F.linear(x, layer["bf16"])))}
         if compute == "w8a16" and on_cpu:
             half = scales.bfloat16()
-            baselines["int8pack"] = in_turn(
-                lambda layer, _: activated(torch._weight_int8pack_mm(x, layer["q"], half))
-            )
+            baselines["int8pack"] = in_turn(lambda layer, _: activated(torch._weight_int8pack_mm(x, layer["q"], half)))
         elif on_cpu:
             baselines["int_mm"] = in_turn(lambda layer, _: activated(_by_int_mm(x, layer["q"], scales)))
             try:

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import cycle, islice
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,7 @@ def measure(trial: Trial, device: str, benchmark: Any, budget: float, fewest_rou
     turn = cycle(trial.baselines)
 
     def next_baseline() -> None:
-        for name in islice(turn, 1):
+        if name := next(turn, None):
             seconds[name].append(_timed(trial.baselines[name], device)[1])
 
     pairs = max(1, len(seconds))

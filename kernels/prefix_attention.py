@@ -167,14 +167,12 @@ def prefix_attention_alone_kernel(
     if row < end_row:
         rows = row + tl.arange(0, BLOCK_M)
         last = length - end_row + rows
-        begin, end = within(
-            tl.load(private + n), tl.minimum(length, length - end_row + row + BLOCK_M), split, SPLIT
-        )
+        begin, end = within(tl.load(private + n), tl.minimum(length, length - end_row + row + BLOCK_M), split, SPLIT)
         if begin < end:
             attend(
-                turned, pages, page_table + n * table_width, part_sums, part_tops, part_totals, rows,
-                rows < end_row, last, begin, end, h, H, D, page_stride, split + runs, slots, scale, PAGE, BLOCK_M,
-                BLOCK_N, BLOCK_D, PRECISION,
+                turned, pages, page_table + n * table_width, part_sums, part_tops, part_totals, rows, rows < end_row,
+                last, begin, end, h, H, D, page_stride, split + runs, slots, scale, PAGE, BLOCK_M, BLOCK_N, BLOCK_D,
+                PRECISION,
             )  # fmt: skip
 
 

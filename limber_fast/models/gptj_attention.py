@@ -14,7 +14,7 @@ from torch import Tensor
 from limber_fast.cache import PagePool
 from limber_fast.cache import Sequence as CachedSequence
 from limber_fast.models.gptj_config import GPTJConfig
-from limber_fast.ops.prefix_attention import PAGE_SIZE, PagedBatch, rotary_table, unchecked_prefix_attention
+from limber_fast.ops.prefix_attention import PAGE_SIZE, PagedBatch, prefix_attention, rotary_table
 
 
 @lru_cache(maxsize=8)
@@ -160,10 +160,10 @@ class Prefix:
 
 def cached_attention(config: GPTJConfig, cache: KVCache, batch: PagedBatch) -> Callable[[Tensor, int], Tensor]:
     """(q|k|v [T, 3 E] of new tokens, layer) -> [T, E], over the cache, which grows by them."""
-    table, scale = rotary(config.n_positions, config.rotary_dim, cache.pool.storage.device), config.head_dim**-0.5
+    table = rotary(config.n_positions, config.rotary_dim, cache.pool.storage.device)
 
     def attend(qkv: Tensor, layer: int) -> Tensor:
         q, k, v = qkv.view(-1, 3, config.n_head, config.head_dim).unbind(1)
-        return unchecked_prefix_attention(q, k, v, cache.pool.layer(layer), batch, table, scale).flatten(1)
+        return prefix_attention(q, k, v, cache.pool.layer(layer), batch, rotary=table).flatten(1)
 
     return attend

@@ -88,10 +88,8 @@ def int8_linear(
     checks.int8_weight(_OP, weight, Int8Weight)
     checks.int8_operands(_OP, x, weight, weight.shape)
     x, residual = registration.autocast(x, residual)
-    checks.supported_compute(_OP, x, compute)
     if bias is not None:
         checks.frozen_bias(_OP, bias, weight.shape[0], x)
-        bias = bias.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
     if residual is not None:
         checks.residual_stream(_OP, residual, weight.shape[0], x)
     return unchecked_int8_linear(
@@ -104,9 +102,12 @@ def unchecked_int8_linear(
     x: Tensor, weight: Int8Weight, bias: Tensor | None, *, activation: str | None, residual: Tensor | None,
     compute: str, outlier_threshold: float, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
-    """`int8_linear` for a caller whose operands hold its contract by construction, and bias [N] is contiguous, in fp32
-    (fp64 beside an x of fp64): half of the Python of a call."""
+    """`int8_linear` for a caller whose operands have the right kinds, shapes and devices by construction: half of the
+    Python of a call. Their dtypes are anybody's, who may cast a model."""
     x, residual = registration.autocast(x, residual)
+    checks.supported_compute(_OP, x, compute)
+    if bias is not None:
+        bias = bias.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
     n, k = weight.shape
     out, _ = registration.call(
         torch.ops.limber_fast.int8_linear_fwd.default,

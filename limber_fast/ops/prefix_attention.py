@@ -96,18 +96,10 @@ def prefix_attention(
     if scale is None:
         scale = q.shape[2] ** -0.5
     checks.positive(_OP, "scale", scale)
-    return unchecked_prefix_attention(q, k, v, pages, batch, rotary, float(scale), backend)
-
-
-def unchecked_prefix_attention(
-    q: Tensor, k: Tensor, v: Tensor, pages: Tensor, batch: PagedBatch, rotary: Tensor | None, scale: float,
-    backend: str = "auto",
-) -> Tensor:  # fmt: skip
-    """`prefix_attention` for a caller whose operands hold its contract by construction."""
     return registration.call(
         torch.ops.limber_fast.prefix_attention_fwd.default,
         _rows(q), _rows(k), _rows(v), pages, batch.queries, batch.lengths, batch.page_table, batch.order, batch.shared,
-        batch.private, batch.positions, rotary, scale, dispatch.preferred(backend),
+        batch.private, batch.positions, rotary, float(scale), dispatch.preferred(backend),
     )  # fmt: skip
 
 

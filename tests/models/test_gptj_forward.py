@@ -34,6 +34,25 @@ def test_positions_up_to_the_limit_rotate_as_transformers_does(tiny, tiny_ours):
     assert max(cases.errors(found, tiny_ours(ids[:, :5]).logits)) > 1e-2  # so positions do matter
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_a_model_that_is_cast_computes_in_the_new_dtype(theirs, dtype):
+    """Its biases with it, which int8 layers otherwise keep in fp32."""
+    model = GPTJ.from_pretrained(theirs, dtype=torch.float32)
+    for block in model.h:  # random models have none
+        block.fc_in.bias.normal_(), block.fc_out.bias.normal_()
+    ids = ids_of(model, 2, 60)
+    expected = model(ids).logits
+    cache = model.new_cache(2)
+    found = model.to(dtype)(ids).logits
+    assert found.dtype == dtype and lowest_cosine(found, expected) > 0.999
+    with pytest.raises(TypeError, match="pages must have the dtype of q"):
+        model(ids, cache=cache)
+    if dtype == torch.float64:
+        model.compute = "w8a8"
+        with pytest.raises(TypeError, match="x must be fp16, bf16 or fp32 with compute='w8a8'"):
+            model(ids)
+
+
 def test_w8a16_logits_point_where_the_float_ones_do(theirs):
     ids = ids_of(theirs, 2, 60)
     for dtype in (torch.float32, torch.bfloat16):
