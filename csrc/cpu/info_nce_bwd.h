@@ -23,12 +23,13 @@ class InfoNceBackward {
   using B = Blocks<Op>;
   static constexpr int NB = B::NB, MB = B::MB, LDS = B::LDS, LDN = B::LDN, LDP = B::LDP, P = Op::P, MR = Op::MR,
                        PARTS = Op::PARTS;
+  static constexpr bool OWN = simd::W == 16 && !Op::TILES;  // d_image by the thread that made its dS
   enum Source { SHARED, CACHED, SEPARATE };  // where E comes from: x under one shift, the cache, or two exponentials
 
  public:
   explicit InfoNceBackward(const InfoNceParams& params)
       : p(params),
-        cols(p, block_size<Op>(p.D, PANEL_BUDGET, NR, NB)),
+        cols(p, block_size<Op>(p.D, PANEL_BUDGET, NR, B::columns(p))),
         negatives(p),
         cache(p),
         logits(log2_scale(p)),
@@ -121,7 +122,8 @@ class InfoNceBackward {
             for (int64_t k = b0; k < b1; k++) {
               const int64_t j0 = cols.begin(k), nb = cols.size(k), at = (k - b0) * cols.NB, Kj = dwords<Op>(nb);
               const Weights w(*this, a, b, i0, mb, j0, nb);
-#pragma omp for schedule(dynamic, 1)
+              int64_t own[MB / MR], count = 0;  // the strips of dS that this thread makes
+#pragma omp for schedule(dynamic, 1) nowait
               for (int64_t i = 0; i < mb; i += MR) {
                 float* out = P == 1 ? ds + i * LDN : strip;
                 ds_strip(out, (int)std::min<int64_t>(MR, mb - i), i, k, image_t + i * Kd, text_t + at * Kd, w);
@@ -129,15 +131,23 @@ class InfoNceBackward {
                   round_strip(out, (int)std::min<int64_t>(MR, mb - i), nb, ds + i * LDN,
                               want_cols ? ds_pairs + (Op::TILES ? i * MR / 2 * PARTS : i / 2 * LDP) : nullptr,
                               high / 2 * PARTS);
+                own[count++] = i;
               }
-              if (want_rows)
+              const auto d_image_tile = [&](int64_t i, int64_t d) {
+                gradient_tile<LDN, 1>((int)std::min<int64_t>(MR, mb - i), Kj, ds + i * LDN,
+                                      text_n + dwords<Op>(at) * Dp + d * Kj, row_out(i0 + i, first), d, k > 0,
+                                      k + 1 == cols.count ? row_gradient(i0 + i) : nullptr);
+              };
+              // Its own strips lie in its L2 and wait for nobody: where neighbours filled L3, d_image ran at 490
+              // GFLOP/s so and at 450 shared out afresh. Narrower vectors ask less of L2 and lose 1 to 4%.
+              if (want_rows && OWN)
+                for (int64_t d0 = 0; d0 < p.D; d0 += part())
+                  for (int64_t n = 0; n < count; n++)
+                    for (int64_t d = d0; d < std::min(d0 + part(), p.D); d += NR) d_image_tile(own[n], d);
+#pragma omp barrier
+              if (want_rows && !OWN)
 #pragma omp for schedule(runtime) nowait
-                for (int64_t t = 0; t < groups(mb); t++)
-                  each_tile(t, mb, [&](int64_t i, int64_t d) {
-                    gradient_tile<LDN, 1>((int)std::min<int64_t>(MR, mb - i), Kj, ds + i * LDN,
-                                          text_n + dwords<Op>(at) * Dp + d * Kj, row_out(i0 + i, first), d, k > 0,
-                                          k + 1 == cols.count ? row_gradient(i0 + i) : nullptr);
-                  });
+                for (int64_t t = 0; t < groups(mb); t++) each_tile(t, mb, d_image_tile);
               // Without wanted columns the empty loop is the barrier that keeps dS until every d_image strip has read
               // it. (A second dS, which spares the barrier, is no faster.)
 #pragma omp for schedule(runtime)
@@ -184,7 +194,7 @@ class InfoNceBackward {
   // L1: groups of 128 x 256 read each of them from L2 or L3 for several tiles (narrower ones are 8% slower at N = 4096,
   // strips as high as one tile 12% at N = 256, D = 2048; k in runs that fit L1, summed in place or in a private tile, 5
   // to 15%).
-  static constexpr int64_t PART = Op::TILES ? 8 * NR : 512;
+  static constexpr int64_t PART = Op::TILES ? 8 * NR : simd::W == 16 ? 256 * P : 512;
   int64_t group_rows() const { return Op::TILES ? 4 * MR : p.D > PART ? 8 * MR : MR; }
   int64_t part() const { return round_up(ceil_div(p.D, ceil_div(p.D, PART)), NR); }  // even: threads share them out
   int64_t groups(int64_t rows) const { return ceil_div(rows, group_rows()) * ceil_div(p.D, part()); }

@@ -1,8 +1,9 @@
 // Forward of info_nce: one pass over the strips of x gives every row's and every column's log-sum-exp, loss and d loss
 // / d scale.
 //
-// A task owns CHUNK rows (their sums are final when it ends) and sums columns privately; GROUP tasks later the private
-// column sums are merged in task order. So the result does not depend on the number of threads. FLOP: 2 N (M + K) D.
+// A task owns up to CHUNK rows (their sums are final when it ends) and sums columns privately; up to GROUP tasks later
+// the private column sums are merged in task order. So the result does not depend on the number of threads. FLOP: 2 N
+// (M + K) D.
 #pragma once
 #include <omp.h>
 
@@ -109,18 +110,22 @@ class InfoNceForward {
  public:
   explicit InfoNceForward(const InfoNceParams& params)
       : p(params),
-        cols(p, block_size<Op>(p.D, PANEL_BUDGET, NR, NB)),
+        cols(p, block_size<Op>(p.D, PANEL_BUDGET, NR, B::columns(p))),
         negatives(p),
         cache(p),
         alpha(log2_scale(p)),
         logits(alpha),
         Kd(dwords<Op>(p.D)),
-        // Of few rows each thread gets the same share to within a strip or two: 3 to 9% of the forward at N = 256.
-        chunk(std::min<int64_t>(round_up(ceil_div(p.N, p.N <= 512 ? 32 : 16), MR), B::CHUNK)) {}
+        // Of few rows each thread gets the same share to within a strip or two: 3 to 9% of the forward at N = 256. More
+        // rows are spread evenly over tasks in eights: of 17 at N = 2048 two threads do 9 and 8. (Few are not: a task
+        // more merges its sums once more, 4% of AVX2's forward at N = 512.)
+        share(std::min<int64_t>(ceil_div(p.N, MR * (p.N <= 512 ? 32 : 16)), B::CHUNK / MR)),
+        spread(p.N <= 512 ? round_up(ceil_div(p.N, MR), share) : ceil_div(p.N, MR)),
+        tasks(p.N <= 512 ? spread / share : std::min(spread, round_up(ceil_div(spread, share), 8))) {}
 
   void run() {
-    const int64_t super = cols.super_block(Kd * 4), width = super * cols.NB, tasks = ceil_div(p.N, chunk),
-                  group = std::min<int64_t>(B::GROUP, tasks);
+    const int64_t super = cols.super_block(Kd * 4), width = super * cols.NB, groups = ceil_div(tasks, B::GROUP),
+                  group = ceil_div(tasks, groups);
     const bool extras = p.row_correct || p.label_smoothing > 0;
     advise_huge_pages(p.cache, p.cache_bytes);
     panels = Buffer<float>(width * Kd);
@@ -150,19 +155,18 @@ class InfoNceForward {
       for (int64_t b0 = 0; b0 < cols.count; b0 += super) {
         const int64_t b1 = std::min(b0 + super, cols.count);
         cols.template pack<Op>(texts, b0, b1, panels);
-        for (int64_t t0 = 0; t0 < tasks; t0 += group) {
-          const int64_t t1 = std::min(t0 + group, tasks);
+        for (int64_t g = 0; g < groups; g++) {
+          const int64_t t0 = tasks * g / groups, t1 = tasks * (g + 1) / groups;
           // A unit's tasks run side by side, against the same column block. Their results do not
           // depend on it.
-          const int64_t units = p.threads * ceil_div(t1 - t0, p.threads * (B::CHUNK / chunk));
+          const int64_t units = p.threads * ceil_div(t1 - t0, p.threads * (B::CHUNK / MR / share));
           auto unit = [&](int64_t u) { return t0 + (t1 - t0) * u / units; };
           auto task_sums = [&](int64_t t) { return carve(p.N + p.M + (t - t0) * width, width); };
           auto task_extras = [&](int64_t t) { return carve_extras(p.N + p.M + (t - t0) * width); };
 #pragma omp for schedule(dynamic, 1)
           for (int64_t u = 0; u < units; u++) {
             for (int64_t t = unit(u); t < unit(u + 1); t++) task_sums(t).clear(width), task_extras(t).clear(width);
-            run_tasks(unit(u) * chunk, std::min(unit(u + 1) * chunk, p.N), b0, b1, row, task_sums, row_x, task_extras,
-                      mine);
+            run_tasks(unit(u), unit(u + 1), b0, b1, row, task_sums, row_x, task_extras, mine);
           }
           if (p.columns)
 #pragma omp for schedule(static)
@@ -189,10 +193,13 @@ class InfoNceForward {
  private:
   int64_t per_thread() const { return round_up(STRIPS * MR * LDS + 3 * NB + B::CHUNK * Kd, 16); }
 
-  // The tasks of rows i0 .. i1-1 against column blocks b0 .. b1-1.
+  int64_t first_row(int64_t task) const { return std::min(spread * task / tasks * MR, p.N); }
+
+  // Tasks t0 .. t1-1 against column blocks b0 .. b1-1.
   template <class SumsOf, class ExtrasOf>
-  void run_tasks(int64_t i0, int64_t i1, int64_t b0, int64_t b1, Sums row, SumsOf sums_of, Extras row_x,
+  void run_tasks(int64_t t0, int64_t t1, int64_t b0, int64_t b1, Sums row, SumsOf sums_of, Extras row_x,
                  ExtrasOf extras_of, float* scratch) {
+    const int64_t i0 = first_row(t0), i1 = first_row(t1);
     float *strips = scratch, *csum = strips + STRIPS * MR * LDS, *cxsum = csum + NB, *cshift = cxsum + NB,
           *A = cshift + NB;
     pack_rows<Op>(images, i0, i1, A);
@@ -201,6 +208,7 @@ class InfoNceForward {
                   high = deep < Kd ? STRIPS * MR : MR;
     for (int64_t b = b0; b < b1; b++) {
       const int64_t j0 = cols.begin(b), nb = cols.size(b), at = (b - b0) * cols.NB;
+      int64_t task = t0;
       float shift = NAN;
       Sums col{};
       Extras col_x;
@@ -218,7 +226,7 @@ class InfoNceForward {
           for (int64_t s = i; s < std::min(i + high, i1); s += MR)
             dot_strip<Op>(strips + (s - i) * LDS, (int)std::min<int64_t>(MR, i1 - s), Kd, A + (s - i0) * Kd,
                           panels + at * Kd, nb, k, std::min(k + deep, Kd));
-        if (i % chunk == 0) flush(), col = sums_of(i / chunk).at(at), col_x = extras_of(i / chunk).at(at);
+        if (i == first_row(task)) flush(), col = sums_of(task).at(at), col_x = extras_of(task).at(at), task++;
         take_positives(strip, R, i, j0, nb);
         const bool whole = negatives.whole_tile(i, R, j0, nb);
         const int64_t slot = cache.index(b, i);
@@ -478,7 +486,7 @@ class InfoNceForward {
   const TileCache<Op> cache;
   const double alpha;
   const Logits<Op> logits;
-  const int64_t Kd, chunk;
+  const int64_t Kd, share, spread, tasks;  // at most `share` strips of `spread` to a task
   Rows images, texts;
   Buffer<float> panels;
   float *row_positive = nullptr, *col_positive = nullptr;

@@ -14,6 +14,8 @@ from limber_fast.reference.info_nce import info_nce as reference
 
 # At D = 2048 a super-block is 4,096 to 6,144 columns.
 ROWS = {"image": (40, 2048), "text": (40, 2048), "extra_negatives": (6600, 2048)}
+# From 4,096 rows on, at such a D, blocks are narrower where no tile is cached.
+TALL = {"image": (4099, 264), "text": (4099, 264)}
 # Towers whose fp32 sums, N D > 64 Mi, are too large to park: a pass for each.
 LARGE = {"image": (257, 1 << 18), "text": (257, 1 << 18)}
 # Relative error of a gradient's largest entry: its own rounding, and that of dS where it is multiplied in 16 bits.
@@ -54,6 +56,13 @@ def _check(found: dict[str, Tensor], true: dict[str, Tensor], dtype: torch.dtype
 def test_columns_beyond_one_super_block(own_kernels, poisoned, wanted, normalize, dtype):
     options = {"normalize": normalize, "cache_mb": 0, "backend": own_kernels}
     _check(_gradients(info_nce, _leaves(ROWS, dtype), wanted, **options), _truth(dtype, normalize), dtype)
+
+
+@pytest.mark.skipif(not native.available_isas(), reason="no native module was built")
+def test_tall_towers_without_a_cache(poisoned):
+    leaves = _leaves(TALL, torch.float32)
+    true = _gradients(reference, {name: x.double() for name, x in leaves.items()}, tuple(TALL))
+    _check(_gradients(info_nce, leaves, tuple(TALL), cache_mb=0, backend="cpu"), true, torch.float32)
 
 
 @pytest.mark.skipif(not native.available_isas(), reason="no native module was built")
