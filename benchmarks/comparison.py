@@ -92,13 +92,16 @@ class Workload:
                 "device": self.device, "isa": self.isa or None, **self.options}  # fmt: skip
 
 
-def measure(trial: Trial, device: str, benchmark: Any, budget: float, fewest_rounds: int) -> dict[str, Any]:
+def measure(
+    trial: Trial, device: str, benchmark: Any, budget: float, fewest_rounds: int, peak: Callable[[], float] | None
+) -> dict[str, Any]:
     """Checks, then times `trial` under pytest-benchmark's `benchmark`, for about `budget` seconds.
 
     The first call of each at this shape is the cold one; it also gives the peak memory (beyond the inputs, gradients
     included). Then every baseline is run in pairs with ours, a pair of each in a round: drift of the machine hits both
     alike, and the ratio is the median over pairs of baseline time / our time. Of a pair each follows the other:
-    baselines one after the other find each other's code and data warm.
+    baselines one after the other find each other's code and data warm. Right before each of our runs that takes
+    0.1 s or more `peak`, FLOP/s, is measured, for the clock drifts over the seconds that such rows take.
 
     Returns: columns of the row; nothing but the error where pytest-benchmark is disabled.
     Raises: AssertionError where a result is wrong, before anything is reported.
@@ -120,22 +123,28 @@ def measure(trial: Trial, device: str, benchmark: Any, budget: float, fewest_rou
 
     seconds: dict[str, list[float]] = {name: [] for name in trial.baselines}
     turn = cycle(trial.baselines)
+    peaks: list[float] = []
 
-    def next_baseline() -> None:
+    def before_ours() -> None:
         if name := next(turn, None):
             seconds[name].append(_timed(trial.baselines[name], device)[1])
+        if peak and times[""] >= 0.1:
+            peaks.append(peak())
 
     pairs = max(1, len(seconds))
     times = {name: first for name, (first, _) in cold.items()}
     if sum(times.values()) < budget:  # the caches' and allocators' warm-up; a long first call has done it by itself
         times = {name: _timed(function, device)[1] for name, function in functions.items()}
     rounds = max(fewest_rounds, min(MAX_ROUNDS, int(budget / (sum(times.values()) + (pairs - 1) * times[""]))))
-    benchmark.pedantic(_synchronised(trial.ours, device), setup=next_baseline, rounds=rounds * pairs)
+    benchmark.pedantic(_synchronised(trial.ours, device), setup=before_ours, rounds=rounds * pairs)
 
     ours = benchmark.stats.stats.data
     columns |= {"rounds": rounds, "flops": trial.flops, "bytes": trial.bytes, "warm_s": statistics.median(ours),
                 "best_s": min(ours), "cold_s": cold[""][0], "peak_bytes": cold[""][1],
                 "flop_per_s": trial.flops / statistics.median(ours)}  # fmt: skip
+    if peaks:
+        fractions = (trial.flops / run / rate for run, rate in zip(ours, peaks, strict=True))
+        columns |= {"ceiling_fraction": statistics.median(fractions), "ceiling_flop_per_s": max(peaks)}
     for first, (name, theirs) in enumerate(seconds.items()):
         beside = ours[first::pairs]
         columns |= {

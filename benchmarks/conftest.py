@@ -54,17 +54,16 @@ def compare(
 
         # Beside the row, for clocks change within minutes (by a twelfth on a shared Zen 5); the higher one counts.
         before = ceiling()
-        columns = measure(trial, workload.device, benchmark, budget, workload.fewest_rounds)
+        peak = None if trial.bound == "bytes" or workload.device == "cuda" else lambda: ceiling()[1]
+        columns = measure(trial, workload.device, benchmark, budget, workload.fewest_rounds, peak)
         name, rate = max(before, ceiling(), key=lambda found: found[1])
-        row |= {"backend": backend, "isa": isa, "threads": limits.threads, **columns}
-        if "warm_s" in row:
-            work = trial.bytes if trial.bound == "bytes" else trial.flops
-            row |= {
-                "ceiling": name,
-                "ceiling_bytes_per_s" if trial.bound == "bytes" else "ceiling_flop_per_s": rate,
-                "ceiling_fraction": work / row["warm_s"] / rate,
-                "ceiling_fraction_of_best": work / row["best_s"] / rate,
-            }
+        row |= {"backend": backend, "isa": isa, "threads": limits.threads}
+        if "warm_s" in columns:
+            work, unit = (trial.bytes, "bytes") if trial.bound == "bytes" else (trial.flops, "flop")
+            rate = max(rate, columns.get("ceiling_flop_per_s", 0))
+            row |= {"ceiling": name, "ceiling_fraction": work / columns["warm_s"] / rate}
+            columns |= {f"ceiling_{unit}_per_s": rate, "ceiling_fraction_of_best": work / columns["best_s"] / rate}
+        row |= columns
         benchmark.extra_info |= row
 
     return run
