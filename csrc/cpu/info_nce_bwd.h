@@ -152,8 +152,8 @@ class InfoNceBackward {
               // it. (A second dS, which spares the barrier, is no faster.)
 #pragma omp for schedule(runtime)
               for (int64_t t = 0; t < (want_cols && gradient_of(j0) ? groups(nb) : 0); t++) {
-                const int64_t c = t % ceil_div(nb, group_rows()) * group_rows();  // the group's first column
-                if (NARROW) copy_columns(ds + c, std::min(group_rows(), nb - c), mb, narrow);
+                const int64_t c = t % ceil_div(nb, group_rows(nb)) * group_rows(nb);  // the group's first column
+                if (NARROW) copy_columns(ds + c, std::min(group_rows(nb), nb - c), mb, narrow);
                 each_tile(t, nb, [&](int64_t j, int64_t d) {
                   const float* A = NARROW      ? narrow + (j - c) * MB
                                    : Op::TILES ? ds_pairs + j * (high / 2) * PARTS
@@ -195,14 +195,18 @@ class InfoNceBackward {
   // strips as high as one tile 12% at N = 256, D = 2048; k in runs that fit L1, summed in place or in a private tile, 5
   // to 15%).
   static constexpr int64_t PART = Op::TILES ? 8 * NR : simd::W == 16 ? 256 * P : 512;
-  int64_t group_rows() const { return Op::TILES ? 4 * MR : p.D > PART ? 8 * MR : MR; }
+  int64_t group_rows(int64_t rows) const {  // at least four groups for each thread
+    if (Op::TILES || p.D <= PART) return Op::TILES ? 4 * MR : MR;
+    return std::clamp<int64_t>(ceil_div(rows, MR) * ceil_div(p.D, part()) / (4 * p.threads), 1, 8) * MR;
+  }
   int64_t part() const { return round_up(ceil_div(p.D, ceil_div(p.D, PART)), NR); }  // even: threads share them out
-  int64_t groups(int64_t rows) const { return ceil_div(rows, group_rows()) * ceil_div(p.D, part()); }
+  int64_t groups(int64_t rows) const { return ceil_div(rows, group_rows(rows)) * ceil_div(p.D, part()); }
   template <class F>
   void each_tile(int64_t group, int64_t rows, F f) const {
-    const int64_t down = ceil_div(rows, group_rows()), r0 = group % down * group_rows(), d0 = group / down * part();
+    const int64_t high = group_rows(rows), down = ceil_div(rows, high), r0 = group % down * high,
+                  d0 = group / down * part();
     for (int64_t d = d0; d < std::min(d0 + part(), p.D); d += NR)
-      for (int64_t r = r0; r < std::min(r0 + group_rows(), rows); r += MR) f(r, d);
+      for (int64_t r = r0; r < std::min(r0 + high, rows); r += MR) f(r, d);
   }
 
   // Columns d .. d + NR - 1 of R rows of a gradient: sums = A B, or +=. The last product of a 16-bit gradient (`last`,
@@ -248,7 +252,7 @@ class InfoNceBackward {
     }
   }
   int64_t per_thread() const {
-    return round_up(MR * LDS + round_up(MB, 16) + NB + simd::W + (NARROW ? group_rows() * MB : 0), 16);
+    return round_up(MR * LDS + round_up(MB, 16) + NB + simd::W + (NARROW ? group_rows(NB) * MB : 0), 16);
   }
 
   float row_lse(int64_t i) const { return p.row_state[LSE_EXPONENT * p.N + i] + p.row_state[LSE_REMAINDER * p.N + i]; }
