@@ -138,8 +138,8 @@ class InfoNceBackward {
                                       text_n + dwords<Op>(at) * Dp + d * Kj, row_out(i0 + i, first), d, k > 0,
                                       k + 1 == cols.count ? row_gradient(i0 + i) : nullptr);
               };
-              // Its own strips lie in its L2 and wait for nobody: where neighbours filled L3, d_image ran at 490
-              // GFLOP/s so and at 450 shared out afresh. Narrower vectors ask less of L2 and lose 1 to 4%.
+              // Its own strips, in its L2 where blocks are 256 wide, wait for nobody: there, while neighbours filled
+              // L3, d_image ran at 490 GFLOP/s so and at 450 shared out afresh. Narrower vectors lose 1 to 4%.
               if (want_rows && OWN)
                 for (int64_t d0 = 0; d0 < p.D; d0 += part())
                   for (int64_t n = 0; n < count; n++)
@@ -148,8 +148,8 @@ class InfoNceBackward {
               if (want_rows && !OWN)
 #pragma omp for schedule(runtime) nowait
                 for (int64_t t = 0; t < groups(mb); t++) each_tile(t, mb, d_image_tile);
-              // Without wanted columns the empty loop is the barrier that keeps dS until every d_image strip has read
-              // it. (A second dS, which spares the barrier, is no faster.)
+              // Without wanted columns the empty loop is the barrier that keeps dS until all have read it. (A second
+              // dS, which spares the barrier, is no faster.)
 #pragma omp for schedule(runtime)
               for (int64_t t = 0; t < (want_cols && gradient_of(j0) ? groups(nb) : 0); t++) {
                 const int64_t c = t % ceil_div(nb, group_rows(nb)) * group_rows(nb);  // the group's first column

@@ -23,13 +23,13 @@ struct Blocks {
 #else
   // On Zen 5, whose L2 is 1 MiB, (256, 504) is 2% slower at D = 512 and 2 to 15% at 2048 and 4096, though dS and a
   // packed text block then lie in L2 and now, in fp32 and at D = 512, in L3; (192, 504) and (384, 504) are 1 to 2%
-  // slower than (256, 504) in fp32, (512, 2016) is no faster; 1,036 rows rather than 1,008 make 1,024 a single block,
-  // 2 to 7% in bf16 at N = 1024 and 2048, D = 2048. N = 256 is to be one block of columns: two cost up to
-  // 16%. Narrower vectors multiply at half the rate or less: half the bytes, for the 512 KiB of Zen 3's L2.
+  // slower than (256, 504) in fp32, (512, 2016) is no faster; 1,036 rows rather than 1,008 make 1,024 one block (in
+  // fp32 up to D = 1024), 2 to 7% in bf16 at N = 1024 and 2048, D = 2048. N = 256 is to be one block of columns: two
+  // cost up to 16%. Narrower vectors multiply at half the rate or less: half the bytes, for the 512 KiB of Zen 3's L2.
   static constexpr int NB = simd::W == 16 ? 512 : 256, MB = simd::W == 16 ? 1036 : 504;
 #endif
   // Of large steps without a tile cache, whose slots are NB wide: 256 columns where they lie in 512 KiB of L2 and NB do
-  // not, as in fp32 at D = 512. 1% at N = 8192; 1% slower at N = 1024.
+  // not, as in fp32 at D = 512. 1% at N = 8192; 1% slower at N = 1024. The loss's last bits then depend on the cache.
   static int64_t columns(const InfoNceParams& p) {
     const bool fits = simd::W == 16 && !Op::TILES && dwords<Op>(p.D) > 256 && dwords<Op>(p.D) <= 512;
     return fits && !p.cache_bytes && p.N >= 4096 ? std::min(256, NB) : NB;
