@@ -165,8 +165,8 @@ def flops(n: int, d: int, dtype: str, device: str, cache_mb: float) -> float:
 def workload(group: str, n: int, d: int, dtype: str, *, quick: bool = False, **fields):
     # Long rows are their own average: three rounds of all of them would take the run past 12 minutes on two cores. The
     # rows for the speed of light are few and take more.
-    fewest_rounds = 9 if group == "cache_off" else 3
-    fewest_rounds = 1 if n > 16384 or (group == "isa" and n > 4096) else 2 if n > 8192 else fewest_rounds
+    longest = n > 16384 or (group == "isa" and n > 4096)
+    fewest_rounds = 1 if longest else 2 if n > 8192 else 9 if group == "cache_off" else 3
     row = Workload("info_nce", group, {"N": n, "D": d}, dtype, cost=8 * n * n * d, prepare=prepare,
                    fewest_rounds=fewest_rounds, **fields)  # fmt: skip
     return pytest.param(row, id=f"{group}-{row.name}", marks=[pytest.mark.quick] if quick else [])
