@@ -402,7 +402,7 @@ def info_nce_finish_kernel(
     HAS_COLUMN: tl.constexpr, HAS_EXTRAS: tl.constexpr, HAS_STATS: tl.constexpr, SIGMOID: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Running triples in state[:3] -> the six fields of InfoNceState, in fp64. In place.
+    """Running triples in state[:3] -> the fields of InfoNceState, in fp64. In place.
 
     positive [n]: similarity of each row's positive; with HAS_COLUMN that of row columns_of[i] (columns of permuted
     labels).
@@ -418,9 +418,8 @@ def info_nce_finish_kernel(
     dot = tl.load(positive + at, mask=mask, other=0.0)
     factor = log2_scale(scale)
     zero = shift * 0.0
-    uniform = zero
     if SIGMOID:
-        whole, rest, nll, loss, dscale = zero, zero, shift, total, moment
+        whole, rest, loss, dscale = shift, zero, total, moment
     else:
         x = factor * dot.to(tl.float64)
         empty = total == 0.0
@@ -439,7 +438,8 @@ def info_nce_finish_kernel(
             kept = tl.load(extra_state + n + i, mask=mask, other=0.0).to(tl.float64)
             live = tl.load(extra_state + 2 * n + i, mask=mask, other=0.0).to(tl.float64)
             above = x - (kept + x) / (live + 1.0)
-            uniform = smoothing / (live + 1.0)
+            tl.store(state + 4 * n + i, nll.to(tl.float32), mask=mask)
+            tl.store(state + 5 * n + i, (smoothing / (live + 1.0)).to(tl.float32), mask=mask)
             loss += smoothing * above * 0.6931471805599453
             dscale += smoothing * above / factor
     if HAS_STATS:
@@ -448,10 +448,8 @@ def info_nce_finish_kernel(
         tl.store(correct + i, right.to(tl.uint8), mask=mask)
     tl.store(state + i, whole.to(tl.float32), mask=mask)
     tl.store(state + n + i, rest.to(tl.float32), mask=mask)
-    tl.store(state + 2 * n + i, nll.to(tl.float32), mask=mask)
-    tl.store(state + 3 * n + i, loss.to(tl.float32), mask=mask)
-    tl.store(state + 4 * n + i, dscale.to(tl.float32), mask=mask)
-    tl.store(state + 5 * n + i, uniform.to(tl.float32), mask=mask)
+    tl.store(state + 2 * n + i, loss.to(tl.float32), mask=mask)
+    tl.store(state + 3 * n + i, dscale.to(tl.float32), mask=mask)
 
 
 @triton.jit

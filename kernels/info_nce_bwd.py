@@ -40,11 +40,14 @@ def weights_of(state, n, i, mask, gradient, shift):
 
 
 @triton.jit
-def at_positive(state, n, i, mask, gradient, smoothing):
+def at_positive(state, n, i, mask, gradient, smoothing, HAS_SMOOTHING: tl.constexpr):
     """dS at the positive of rows (or columns) i: P - 1 = expm1(-nll), however close to 1 the probability is."""
-    nll = tl.load(state + 2 * n + i, mask=mask, other=0.0)
-    uniform = tl.load(state + 5 * n + i, mask=mask, other=0.0)
-    return gradient * (expm1_of_minus(nll) + (smoothing - uniform))
+    if HAS_SMOOTHING:
+        slope = expm1_of_minus(tl.load(state + 4 * n + i, mask=mask, other=0.0))
+        slope += smoothing - tl.load(state + 5 * n + i, mask=mask, other=0.0)
+    else:
+        slope = expm1_of_minus(tl.load(state + 2 * n + i, mask=mask, other=0.0))
+    return gradient * slope
 
 
 @triton.jit
@@ -145,10 +148,10 @@ def info_nce_ds_kernel(
                     label, meets = labels_within(labels, rows, N, m0, n0, BLOCK_M, BLOCK_N, HAS_LABELS)
                     if meets:
                         is_positive = label[:, None] == here_n[None, :]
-                        own = at_positive(row_state, N, rows, row_live, a, smoothing)
+                        own = at_positive(row_state, N, rows, row_live, a, smoothing, HAS_SMOOTHING)
                         tile_g = tl.where(is_positive, own[:, None], tile_g)
                         if HAS_COLUMNS:
-                            own = at_positive(col_state, M, columns, col_live, b, smoothing)
+                            own = at_positive(col_state, M, columns, col_live, b, smoothing, HAS_SMOOTHING)
                             tile_g += tl.where(is_positive, own[None, :], 0.0)
                 if (m0 + BLOCK_M > N) | (n0 + BLOCK_N > M):
                     tile_g = tl.where((here_m < N - m0)[:, None] & (here_n < M - n0)[None, :], tile_g, 0.0)

@@ -149,22 +149,24 @@ def strips_and_bands(num_m: int, num_n: int, lengths: tuple[int, ...], row: floa
 
 
 def info_nce_fwd(call: Call, with_stats: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """States [6, N] and [6, M] as ops/info_nce_op.InfoNceState describes them, and the top-1 flags (or empty)."""
+    """States of rows and columns as ops/info_nce_op.InfoNceState describes them, and the top-1 flags (or empty)."""
     n, m = call.image.shape[0], call.text.shape[0]
     extras = with_stats or call.label_smoothing > 0
     tiles = call.forward_tiles(extras)
     norms, positive = call.norms(), call.new(n)
-    row, col = call.new(6, n), call.new(6, m) if call.columns else torch.zeros(6, m, device=call.image.device)
+    fields = 6 if call.label_smoothing > 0 else 4
+    row = call.new(fields, n)
+    col = call.new(fields, m) if call.columns else torch.zeros(fields, m, device=call.image.device)
     row_extra, col_extra = (call.new(3, k if extras else 0) for k in (n, m if call.columns else 0))
     correct = [torch.zeros(k if with_stats else 0, dtype=torch.uint8, device=call.image.device) for k in (n, m)]
 
     num_m = triton.cdiv(n, tiles.BLOCK_M)
     blocks = [triton.cdiv(columns.shape[0], tiles.BLOCK_N) for columns, _ in call.sides()]
     parts, width = sum(blocks), blocks[0] * tiles.BLOCK_N
-    fields = 24 if extras else 12
+    triple = 24 if extras else 12
     strip, band = strips_and_bands(
         num_m, blocks[0], STRIPS if tiles.kept and not extras else STRIPS[:1],
-        fields * parts * tiles.BLOCK_M, fields * width if call.columns else 0,
+        triple * parts * tiles.BLOCK_M, triple * width if call.columns else 0,
     )  # fmt: skip
     for block in range(0, num_m, band):
         rows = min(band, num_m - block)

@@ -339,7 +339,7 @@ class InfoNceBackward {
       const simd::vec a = simd::set1(w.a[i + r]), ca = simd::set1(row_weight(gi));
       const simd::vec row_whole = simd::set1(p.row_state[LSE_EXPONENT * p.N + gi]),
                       row_rest = simd::set1(p.row_state[LSE_REMAINDER * p.N + gi]);
-      const simd::vec row_uniform = simd::set1(row_weight(gi) * p.row_state[UNIFORM * p.N + gi]);
+      const simd::vec row_uniform = simd::set1(smooth ? row_weight(gi) * p.row_state[UNIFORM * p.N + gi] : 0.f);
       float* s = strip + r * LDS;
       for (int64_t j = 0; j < width; j += simd::W) {
         simd::vec g, n, f;
@@ -377,11 +377,12 @@ class InfoNceBackward {
   }
   // At the positive P - 1 = expm1(-nll): no cancellation however close to 1 the probability is.
   float positive_ds(int64_t i, int64_t j) const {
-    const float eps = (float)p.label_smoothing;
-    float g = row_weight(i) * (std::expm1(-p.row_state[NLL * p.N + i]) + (eps - p.row_state[UNIFORM * p.N + i]));
-    if (p.columns)
-      g += col_weight(j) * (std::expm1(-p.col_state[NLL * p.M + j]) + (eps - p.col_state[UNIFORM * p.M + j]));
-    return g;
+    const auto slope = [&](const float* state, int64_t n, int64_t at) {
+      if (p.label_smoothing == 0) return std::expm1(-state[LOSS * n + at]);
+      return std::expm1(-state[NLL * n + at]) + ((float)p.label_smoothing - state[UNIFORM * n + at]);
+    };
+    const float g = row_weight(i) * slope(p.row_state, p.N, i);
+    return p.columns ? g + col_weight(j) * slope(p.col_state, p.M, j) : g;
   }
 
   template <bool FROM_CACHE>

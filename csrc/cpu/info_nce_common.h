@@ -44,8 +44,9 @@ struct Blocks {
 };
 
 // Bytes, so that with the cache off all stay within 256 MiB + 20 bytes a row of either tower: text panels and their
-// accumulator, and what a block of image rows holds. State and sums are 40 bytes a row; 20 come out of the panels',
-// down to a third of them: up to 1.9 million pairs.
+// accumulator, and what a block of image rows holds. The state is 16 bytes a row, in whose place the forward sums, and
+// the gradient of a pair's loss 4. Norms are 4 more, and what statistics and label smoothing need 24: what is beyond
+// comes out of the panels', down to a third of them.
 constexpr int64_t PANEL_BUDGET = int64_t(96) << 20, ROW_BUDGET = int64_t(24) << 20;
 constexpr int64_t MAX_COLUMNS = 65536;  // of a super-block: bounds the forward's per-task column sums
 
@@ -72,7 +73,10 @@ struct Columns {
         NB(K ? widest : round_up(ceil_div(M, ceil_div(M, widest)), NR)),
         text_blocks(ceil_div(M, NB)),
         count(text_blocks + ceil_div(K, NB)),
-        budget(std::max(PANEL_BUDGET / 3, PANEL_BUDGET - 20 * (p.N + M + K))) {}
+        budget(std::max(PANEL_BUDGET / 3, PANEL_BUDGET - beyond(p) * (p.N + M + K))) {}
+  static int64_t beyond(const InfoNceParams& p) {
+    return (p.normalize ? 2 : 0) + (p.label_smoothing > 0 || p.row_correct ? 24 : 0);
+  }
   int64_t begin(int64_t b) const { return b < text_blocks ? b * NB : M + (b - text_blocks) * NB; }
   int64_t size(int64_t b) const { return std::min(NB, (b < text_blocks ? M : M + K) - begin(b)); }
   // Blocks b0 .. b1-1 as transposed panels, by all threads of a parallel region: panel by panel, for there may be a

@@ -129,18 +129,17 @@ class InfoNceForward {
     const bool extras = p.row_correct || p.label_smoothing > 0;
     advise_huge_pages(p.cache, p.cache_bytes);
     panels = Buffer<float>(width * Kd);
-    Buffer<float> norms(p.normalize ? p.N + p.M + p.K : 0), sums(3 * (p.N + p.M + group * width)), positive(p.N + p.M),
-        scratch(p.threads * per_thread());
+    Buffer<float> norms(p.normalize ? p.N + p.M + p.K : 0), sums(3 * group * width), scratch(p.threads * per_thread());
     Buffer<float> best(extras ? p.N + p.M + group * width : 0);
     Buffer<double> total(extras ? p.N + p.M + group * width : 0);
     Buffer<int32_t> live(extras ? p.N + p.M + group * width : 0);
-    auto carve = [&](int64_t at, int64_t n) { return Sums{sums + 3 * at, sums + 3 * at + n, sums + 3 * at + 2 * n}; };
+    auto carve = [](float* at, int64_t n) { return Sums{at, at + n, at + 2 * n}; };
     auto carve_extras = [&](int64_t at) { return extras ? Extras{best + at, total + at, live + at} : Extras{}; };
-    const Sums row = carve(0, p.N), col = carve(p.N, p.M);
+    // Sums and the positives' dots (in DSCALE) lie in the fields of the state that they become.
+    const Sums row = carve(p.row_state, p.N), col = carve(p.col_state, p.columns ? p.M : 0);
     const Extras row_x = carve_extras(0), col_x = carve_extras(p.N);
-    row_positive = positive, col_positive = positive + p.N;
-    row.clear(p.N), col.clear(p.M), row_x.clear(p.N), col_x.clear(p.M);
-    std::fill_n(col_positive, p.M, NAN);
+    row.clear(p.N), row_x.clear(p.N), col_x.clear(p.M);
+    if (p.columns) col.clear(p.M), std::fill_n(p.col_state + DSCALE * p.M, p.M, NAN);
     images = image_rows(p, p.normalize ? norms.get() : nullptr);
     texts = text_rows(p, p.normalize ? norms + p.N : nullptr);
 
@@ -161,7 +160,7 @@ class InfoNceForward {
           // depend on it.
           const int64_t units = p.threads * ceil_div(t1 - t0, p.threads * (B::CHUNK / MR / share));
           auto unit = [&](int64_t u) { return t0 + (t1 - t0) * u / units; };
-          auto task_sums = [&](int64_t t) { return carve(p.N + p.M + (t - t0) * width, width); };
+          auto task_sums = [&](int64_t t) { return carve(sums + 3 * (t - t0) * width, width); };
           auto task_extras = [&](int64_t t) { return carve_extras(p.N + p.M + (t - t0) * width); };
 #pragma omp for schedule(dynamic, 1)
           for (int64_t u = 0; u < units; u++) {
@@ -183,10 +182,10 @@ class InfoNceForward {
         }
       }
 #pragma omp for schedule(static)
-      for (int64_t i = 0; i < p.N; i++) finish(p.row_state, p.row_correct, p.N, i, row, row_x, row_positive[i]);
+      for (int64_t i = 0; i < p.N; i++) finish(p.row_state, p.row_correct, p.N, i, row_x);
       if (p.columns)
 #pragma omp for schedule(static)
-        for (int64_t j = 0; j < p.M; j++) finish(p.col_state, p.col_correct, p.M, j, col, col_x, col_positive[j]);
+        for (int64_t j = 0; j < p.M; j++) finish(p.col_state, p.col_correct, p.M, j, col_x);
     }
   }
 
@@ -271,8 +270,8 @@ class InfoNceForward {
     for (int r = 0; r < R; r++) {
       const int64_t d = negatives.positive(i + r) - j0;
       if (d < 0 || d >= nb) continue;
-      row_positive[i + r] = strip[r * LDS + d];
-      if (p.columns) col_positive[j0 + d] = strip[r * LDS + d];  // labels are a permutation: one writer
+      p.row_state[DSCALE * p.N + i + r] = strip[r * LDS + d];
+      if (p.columns) p.col_state[DSCALE * p.M + j0 + d] = strip[r * LDS + d];  // labels are a permutation: one writer
     }
   }
 
@@ -442,16 +441,16 @@ class InfoNceForward {
     }
   }
 
-  // Sums of one row (or column) and its positive's dot -> the state that the caller sees.
-  void finish(float* state, uint8_t* correct, int64_t n, int64_t i, Sums sums, Extras extra, float positive) const {
-    auto field = [&](InfoNceField k) -> float& { return state[k * n + i]; };
-    double loss, dscale, uniform = 0;
+  // Sums of one row (or column) and its positive's dot -> the state that the caller sees, in place.
+  void finish(float* state, uint8_t* correct, int64_t n, int64_t i, Extras extra) const {
+    auto field = [&](int k) -> float& { return state[k * n + i]; };
+    const float shift = field(0), sum = field(1), xsum = field(2), positive = field(DSCALE);
+    double loss, dscale;
     if (p.sigmoid) {
-      field(LSE_EXPONENT) = field(LSE_REMAINDER) = 0.f;
-      field(NLL) = sums.shift[i];
-      loss = sums.sum[i], dscale = sums.xsum[i];
+      field(DBIAS) = shift, field(LSE_REMAINDER) = 0.f;
+      loss = sum, dscale = xsum;
     } else {
-      const double S = sums.sum[i], M = S == 0 ? 0 : sums.shift[i], x = Logits<Op>::scalar(alpha, positive);
+      const double S = sum, M = S == 0 ? 0 : shift, x = Logits<Op>::scalar(alpha, positive);
       const double ratio = S == 0 ? 0 : S * std::exp2(M - x);  // negatives : positive
       double nll, unit, base,
           rest;  // unit: probability per unit of S; log-sum-exp = base + rest, whose sum could lose digits
@@ -466,17 +465,16 @@ class InfoNceForward {
       }
       const float whole = (float)std::rint(base + rest);
       field(LSE_EXPONENT) = whole, field(LSE_REMAINDER) = (float)((base - whole) + rest);
-      field(NLL) = (float)nll;
       loss = nll;
-      dscale = S == 0 ? 0 * nll : (sums.xsum[i] + S * (M - x)) * unit / alpha;
+      dscale = S == 0 ? 0 * nll : (xsum + S * (M - x)) * unit / alpha;
       if (p.label_smoothing > 0) {
         const double count = extra.live[i] + 1, gap = x - (extra.total[i] + x) / count;
-        uniform = p.label_smoothing / count;
+        field(NLL) = (float)nll, field(UNIFORM) = (float)(p.label_smoothing / count);
         loss += p.label_smoothing * gap * LN2;
         dscale += p.label_smoothing * gap / alpha;
       }
     }
-    field(LOSS) = (float)loss, field(DSCALE) = (float)dscale, field(UNIFORM) = (float)uniform;
+    field(LOSS) = (float)loss, field(DSCALE) = (float)dscale;
     if (correct) correct[i] = loss == loss && (float)alpha * positive > extra.best[i];
   }
 
@@ -489,7 +487,6 @@ class InfoNceForward {
   const int64_t Kd, share, spread, tasks;  // at most `share` strips of `spread` to a task
   Rows images, texts;
   Buffer<float> panels;
-  float *row_positive = nullptr, *col_positive = nullptr;
 };
 
 }  // namespace limber

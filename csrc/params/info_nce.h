@@ -11,11 +11,12 @@ namespace limber {
 enum InfoNceField {
   LSE_EXPONENT = 0,  // log-sum-exp = exponent + remainder, in log2 units, without the bias; the exponent is an integer,
   LSE_REMAINDER = 1,  // the remainder lies in [-1/2, 1/2]: one float would lose 7e-4 at scale 100
-  NLL = 2,            // -log P(positive), nats, full relative precision; sigmoid variant: d loss / d bias
-  LOSS = 3,           // nats, with label smoothing
-  DSCALE = 4,         // d loss / d scale
-  UNIFORM = 5,        // label_smoothing / number of candidates
-  STATE_FIELDS = 6
+  DBIAS = 0,          // of the sigmoid variant, which has no log-sum-exp: d loss / d bias
+  LOSS = 2,           // nats, full relative precision
+  DSCALE = 3,         // d loss / d scale
+  // With label smoothing alone; without it LOSS is the first of them.
+  NLL = 4,      // -log P(positive), nats, full relative precision
+  UNIFORM = 5,  // label_smoothing / number of candidates
 };
 
 struct InfoNceParams {
@@ -28,7 +29,7 @@ struct InfoNceParams {
   int threads;
   const int32_t* labels;                // [N] column of each row's positive; null: the diagonal
   const int32_t *image_ids, *text_ids;  // [N], [M]; equal ids are not negatives; null: no masking
-  float *row_state, *col_state;         // [STATE_FIELDS, N], [STATE_FIELDS, M]; col_state only with columns
+  float *row_state, *col_state;         // [fields, N], [fields, M]; col_state only with columns
   uint8_t *row_correct, *col_correct;   // [N], [M] top-1, or null
   void* cache;                          // tiles kept for the backward, or null
   int64_t cache_bytes;

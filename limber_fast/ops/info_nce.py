@@ -10,28 +10,15 @@ from torch import Tensor
 from limber_fast import checks, dispatch
 from limber_fast.ops import info_nce_group, registration
 from limber_fast.ops.info_nce_op import (
-    DSCALE,
     LOSS,
     LSE_EXPONENT,
     LSE_REMAINDER,
-    NLL,
-    UNIFORM,
     InfoNceRequest,
     InfoNceState,
+    state_fields,
 )
 
-__all__ = [
-    "DSCALE",
-    "LOSS",
-    "LSE_EXPONENT",
-    "LSE_REMAINDER",
-    "NLL",
-    "UNIFORM",
-    "InfoNceRequest",
-    "InfoNceState",
-    "InfoNceStats",
-    "info_nce",
-]
+__all__ = ["InfoNceRequest", "InfoNceState", "InfoNceStats", "info_nce", "state_fields"]
 
 _OP = "info_nce"
 _LN2 = 0.6931471805599453
@@ -136,7 +123,7 @@ def info_nce(
 
     Under torch.autocast the towers and extra_negatives are cast as for a matrix product and logit_scale stays fp32.
 
-    Saved for backward: the arguments, six fp32 numbers per row and column, and the cache.
+    Saved for backward: the arguments, four fp32 numbers per row and column (six with label smoothing), and the cache.
 
     Raises:
         ValueError: a shape or value breaks the contract above. TypeError: a dtype or kind does.

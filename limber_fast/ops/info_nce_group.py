@@ -2,8 +2,9 @@
 
 Of R ranks, rank r has N_r of the N rows. It gathers both towers once and owns two slabs of the N x N logits, its images
 against all texts and its texts against all images, which the op's own kernels visit tile by tile. Forward, each slab
-gives whole row (or column) states, which are gathered, 12 numbers a row. Backward, the states of all rows and columns
-make either slab's gradient complete: nothing is sent, and no gradient of a row that lives elsewhere is ever computed.
+gives whole row (or column) states, which are gathered, 8 numbers a row (12 with label smoothing). Backward, the states
+of all rows and columns make either slab's gradient complete: nothing is sent, and no gradient of a row that lives
+elsewhere is ever computed.
 
 Per rank, with N = R n, against a ring in which texts and the sums of their gradients travel:
 
@@ -26,7 +27,16 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from limber_fast import checks
-from limber_fast.ops.info_nce_op import DSCALE, NLL, InfoNceState, _backend, _direction_gradients, _reduce, _sum
+from limber_fast.ops.info_nce_op import (
+    DBIAS,
+    DSCALE,
+    InfoNceState,
+    _backend,
+    _direction_gradients,
+    _reduce,
+    _sum,
+    state_fields,
+)
 
 _OP = "info_nce"
 
@@ -117,7 +127,7 @@ class _GroupInfoNce(torch.autograd.Function):
         col = states(1, text) if softmax else zeros
         parts = [row.row, col.row, *([] if weights is None else [weights[None]])]
         gathered = _gather(torch.cat(parts).T, sizes, group).T.contiguous()
-        all_row, all_col, all_weights = gathered[:6], gathered[6:12], None if weights is None else gathered[12]
+        all_row, all_col, all_weights = _parts(gathered, options)
         loss = _reduce(InfoNceState(all_row, all_col, nothing, nothing, nothing), None, all_weights, softmax,
                        options.reduction)  # fmt: skip
         ctx.save_for_backward(image, text, logit_scale, logit_bias, both, labels, all_ids, gathered, row.row, col.row,
@@ -136,7 +146,7 @@ class _GroupInfoNce(torch.autograd.Function):
         (image, text, logit_scale, logit_bias, both, labels, all_ids, gathered, row, col, row_cache,
          col_cache) = ctx.saved_tensors  # fmt: skip
         options, own, softmax = ctx.options, ctx.own, ctx.options.variant == "softmax"
-        all_row, all_col, weights = gathered[:6], gathered[6:12], gathered[12] if len(gathered) > 12 else None
+        all_row, all_col, weights = _parts(gathered, options)
         row_grad, col_grad = _direction_gradients(grad, len(both), None, weights, softmax, options.reduction)
         nothing = image.new_empty(0, dtype=torch.uint8)
 
@@ -162,8 +172,15 @@ class _GroupInfoNce(torch.autograd.Function):
             if col_grad is not None:
                 d_scale = d_scale + _sum(col_grad * all_col[DSCALE])
         if need_bias:  # a softmax is blind to a shift of its logits
-            d_bias = torch.zeros_like(logit_scale) if softmax else _sum(row_grad * all_row[NLL])
+            d_bias = torch.zeros_like(logit_scale) if softmax else _sum(row_grad * all_row[DBIAS])
         return d_image, d_text, d_scale, d_bias, None, None, None, None, None
+
+
+def _parts(gathered: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor | None]:
+    """States of all rows and of all columns, and the weights where there are any."""
+    fields = state_fields(options.label_smoothing)
+    row, col, weights = gathered.tensor_split([fields, 2 * fields])
+    return row, col, weights[0] if len(weights) else None
 
 
 def _slab_ids(all_ids: Tensor | None, side: int, own: slice) -> tuple[Tensor | None, Tensor | None]:

@@ -16,7 +16,8 @@ from limber_fast import checks, dispatch
 from limber_fast.ops import registration
 
 # Fields (first index) of InfoNceState.row and .col.
-LSE_EXPONENT, LSE_REMAINDER, NLL, LOSS, DSCALE, UNIFORM = range(6)
+LSE_EXPONENT, LSE_REMAINDER, LOSS, DSCALE, NLL, UNIFORM = range(6)
+DBIAS = LSE_EXPONENT  # of the sigmoid variant, which has no log-sum-exp
 
 _DENSE = "the dense formula, limber_fast.reference.info_nce, has every derivative"
 
@@ -25,12 +26,14 @@ class InfoNceState(NamedTuple):
     """What a forward pass leaves for the statistics and the backward pass.
 
     Attributes:
-        row: [6, N] fp32 (fp64 for fp64 towers), one column of fields per image row:
+        row: [4, N] fp32 (fp64 for fp64 towers), [6, N] with label smoothing, one column of fields per image row:
             LSE_EXPONENT, LSE_REMAINDER: log-sum-exp in units of log 2 and without bias, an integer and the rest in
                 [-1/2, 1/2], so that large logits cost no digits: nats = ln 2 * (exponent + remainder) + bias.
-            NLL: -log p(positive), in full relative precision. Sigmoid variant: d loss / d bias.
-            LOSS: with label smoothing. DSCALE: d LOSS / d scale. UNIFORM: eps / C, the smoothing mass per candidate.
-        col: [6, M], the same per text row; zeros where the loss has no text-to-image direction.
+                Sigmoid variant: d loss / d bias (DBIAS) and 0.
+            LOSS: in full relative precision. DSCALE: d LOSS / d scale.
+            NLL, with label smoothing (else it is LOSS): -log p(positive), in full relative precision.
+            UNIFORM, with label smoothing: eps / C, the smoothing mass per candidate.
+        col: [4 or 6, M], the same per text row; zeros where the loss has no text-to-image direction.
         row_correct, col_correct: [N], [M] uint8, whether the positive lies strictly above every other candidate;
             empty unless statistics were asked for.
         cache: [cache_bytes] uint8, private to the backend that wrote it.
@@ -41,6 +44,11 @@ class InfoNceState(NamedTuple):
     row_correct: Tensor
     col_correct: Tensor
     cache: Tensor
+
+
+def state_fields(label_smoothing: float) -> int:
+    """How many fields a state has."""
+    return 6 if label_smoothing > 0 else 4
 
 
 class InfoNceRequest(NamedTuple):
@@ -128,7 +136,8 @@ def _forward_fake(
     n, m, new = image.shape[0], text.shape[0], logit_scale.new_empty
     loss = new(n if reduction == "none" else ())
     correct = [image.new_empty(size if with_stats else 0, dtype=torch.uint8) for size in (n, m)]
-    return loss, new(6, n), new(6, m), *correct, image.new_empty(cache_bytes, dtype=torch.uint8)
+    fields = state_fields(label_smoothing)
+    return loss, new(fields, n), new(fields, m), *correct, image.new_empty(cache_bytes, dtype=torch.uint8)
 
 
 def _backward(
@@ -158,7 +167,7 @@ def _backward(
             if col_grad is not None:
                 d_scale = d_scale + _sum(col_grad * col[DSCALE])
     if need_bias:  # a softmax is blind to a shift of its logits
-        d_bias = _sum(row_grad * row[NLL]) if variant == "sigmoid" else torch.zeros_like(logit_scale)
+        d_bias = _sum(row_grad * row[DBIAS]) if variant == "sigmoid" else torch.zeros_like(logit_scale)
     return tuple(image.new_empty(0) if g is None else g for g in (d_image, d_text, d_scale, d_bias, d_extra))
 
 

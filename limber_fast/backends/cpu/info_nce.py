@@ -9,7 +9,7 @@ from torch import Tensor
 
 from limber_fast import native
 from limber_fast.backends.cpu.tensors import DTYPES, address, threads, unknown_dtype
-from limber_fast.ops.info_nce import InfoNceState
+from limber_fast.ops.info_nce import InfoNceState, state_fields
 
 # From here on fresh pages cost more than the detour over a block of native memory that the next call reuses.
 _REUSED_BYTES = 4 << 20
@@ -56,8 +56,9 @@ def info_nce_fwd(
     n, m = image.shape[0], text.shape[0]
     columns = symmetric and variant == "softmax"
     # The kernels write fp32 whatever torch's default dtype is.
-    row = torch.empty(6, n, dtype=torch.float32)
-    col = torch.empty(6, m, dtype=torch.float32) if columns else torch.zeros(6, m, dtype=torch.float32)
+    fields = state_fields(label_smoothing)
+    row = torch.empty(fields, n, dtype=torch.float32)
+    col = (torch.empty if columns else torch.zeros)(fields, m, dtype=torch.float32)
     row_correct, col_correct = (torch.zeros(size, dtype=torch.uint8) for size in ((n, m) if with_stats else (0, 0)))
     cache = _cache(cache_bytes)
     params = _params(image, text, extra_negatives, logit_scale, logit_bias, labels, image_ids, text_ids, row, col,

@@ -60,7 +60,7 @@ def _similarities(image: Tensor, text: Tensor, extra: Tensor | None, cache: Tens
 def _softmax_fields(
     s: Tensor, column: Tensor, masked: Tensor | None, scale: Tensor, label_smoothing: float, with_stats: bool
 ) -> tuple[Tensor, Tensor]:
-    """The six fields of InfoNceState for the rows of similarities s [R, C], and which rows are right."""
+    """The fields of InfoNceState for the rows of similarities s [R, C], and which rows are right."""
     x = s * scale
     if masked is not None:
         x.masked_fill_(masked, -math.inf)
@@ -76,9 +76,9 @@ def _softmax_fields(
     s_positive = s.gather(1, index)
     d_scale = (e * (s - s_positive)).sum(1, keepdim=True) / total
     live = s.shape[1] if masked is None else s.shape[1] - masked.sum(1, keepdim=True)
-    uniform = torch.full_like(nll, label_smoothing) / live
-    loss = nll
+    loss, smoothing = nll, []
     if label_smoothing:
+        smoothing = [nll, torch.full_like(nll, label_smoothing) / live]
         margin = s - s_positive
         if masked is not None:
             margin.masked_fill_(masked, 0)
@@ -90,7 +90,7 @@ def _softmax_fields(
     log_sum_exp = (peak.double() + total.double().log()) / math.log(2)
     exponent = log_sum_exp.round()
     remainder = log_sum_exp - exponent
-    fields = torch.cat([exponent, remainder, nll, loss, d_scale, uniform], dim=1).to(s.dtype).T.contiguous()
+    fields = torch.cat([exponent, remainder, loss, d_scale, *smoothing], dim=1).to(s.dtype).T.contiguous()
     if not with_stats:
         return fields, s.new_empty(0, dtype=torch.uint8)
     return fields, (z_positive > z.scatter(1, index, -math.inf).amax(1, keepdim=True))[:, 0].to(torch.uint8)
@@ -109,8 +109,7 @@ def _sigmoid_fields(
     if masked is not None:
         loss.masked_fill_(masked, 0)
         slope.masked_fill_(masked, 0)
-    zero = s.new_zeros(len(s))
-    fields = torch.stack([zero, zero, slope.sum(1), loss.sum(1), (slope * s).sum(1), zero])
+    fields = torch.stack([slope.sum(1), s.new_zeros(len(s)), loss.sum(1), (slope * s).sum(1)])
     if not with_stats:
         return fields, s.new_empty(0, dtype=torch.uint8)
     if masked is not None:
@@ -137,7 +136,7 @@ def info_nce_fwd(
         row, row_correct = _softmax_fields(s, column, masked, logit_scale, label_smoothing, with_stats)
     if not symmetric:
         none_correct = torch.zeros(m if with_stats else 0, dtype=torch.uint8, device=image.device)
-        return InfoNceState(row, s.new_zeros(6, m), row_correct, none_correct, cache)
+        return InfoNceState(row, s.new_zeros(len(row), m), row_correct, none_correct, cache)
     s, masked = s[:, :m].T, None if masked is None else masked[:, :m].T
     col, col_correct = _softmax_fields(s, column.argsort(), masked, logit_scale, label_smoothing, with_stats)
     return InfoNceState(row, col, row_correct, col_correct, cache)
@@ -152,7 +151,8 @@ def _softmax_slope(
     positive: pairs of row and column of x. whole: x holds all logits of its rows; over a group of processes other ranks
     hold the rest, their positives too, and p comes from the state (digits are lost there from logits of 1e6 on).
     """
-    exponent, remainder, nll, _, _, uniform = fields[:, :, None]
+    exponent, remainder, loss, _, *smoothing = fields[:, :, None]
+    nll, uniform = smoothing or (loss, None)
     if whole:
         p = x.softmax(1)
     else:  # the log-sum-exp as a float and its rounding error
