@@ -11,13 +11,13 @@
 namespace limber {
 
 // Vectors: what a row by itself is multiplied with. Matrices: products of blocks.
-template <Dtype DTYPE, class Vectors, class Matrices>
+template <Dtype DTYPE, Dtype PAGES, class Vectors, class Matrices>
 class PrefixAttentionForward {
   static constexpr int MANY = 16;    // new tokens
   static constexpr int MATRIX = 4;   // rows from which on a part is a product of blocks
   static constexpr int SPLIT = 512;  // tokens
-  using Matrix = MatrixAttention<Matrices, DTYPE>;
-  using Vector = VectorAttention<Vectors, DTYPE>;
+  using Matrix = MatrixAttention<Matrices, DTYPE, PAGES>;
+  using Vector = VectorAttention<Vectors, DTYPE, PAGES>;
 
  public:
   explicit PrefixAttentionForward(const PrefixAttentionParams& params) : p(params), bytes_(size_of(p.dtype)) {
@@ -121,13 +121,23 @@ class PrefixAttentionForward {
     const int64_t token = rows_[t].limit - 1, width = p.H * p.D;
     const int64_t position = p.positions ? p.positions[t] : token;
     const float* angles = p.rotary ? p.rotary + position * p.rotary_dims : nullptr;
-    char* page = (char*)p.pages + table(n)[token / p.page_size] * p.page_stride * bytes_;
+    const int64_t number = table(n)[token / p.page_size];
     for (int64_t h = 0; h < p.H; h++) {
       auto from = [&](const void* x, int64_t stride) { return (const char*)x + (t * stride + h * p.D) * bytes_; };
-      char* key = page + (2 * h * p.page_size + token % p.page_size) * p.D * bytes_;
+      const int64_t place = 2 * h * p.page_size + token % p.page_size;
+      char* key = (char*)p.pages + (number * p.page_stride + place * p.D) * size_of(PAGES);
+      char* value = key + p.page_size * p.D * size_of(PAGES);
       rotate(p.dtype, from(p.q, p.q_stride), rotated_ + (t * width + h * p.D) * bytes_, p.D, angles, dims());
-      rotate(p.dtype, from(p.k, p.k_stride), key, p.D, angles, dims());
-      std::memcpy(key + p.page_size * p.D * bytes_, from(p.v, p.v_stride), p.D * bytes_);
+      if constexpr (PAGES == Dtype::i8) {
+        float* scale = p.page_scales + number * p.page_scales_stride + place;
+        alignas(64) char turned[MAX_HEAD_DIM * sizeof(float)];
+        rotate(p.dtype, from(p.k, p.k_stride), turned, p.D, angles, dims());
+        quantise(p.dtype, turned, (int8_t*)key, scale[0], p.D);
+        quantise(p.dtype, from(p.v, p.v_stride), (int8_t*)value, scale[p.page_size], p.D);
+      } else {
+        rotate(p.dtype, from(p.k, p.k_stride), key, p.D, angles, dims());
+        std::memcpy(value, from(p.v, p.v_stride), p.D * bytes_);
+      }
     }
   }
   int64_t dims() const { return p.rotary ? p.rotary_dims : 0; }
@@ -191,9 +201,18 @@ void prefix_attention_fwd(const PrefixAttentionParams& p) {
 #else
   using Bf16 = F32;
 #endif
-  if (p.dtype == Dtype::bf16) return PrefixAttentionForward<Dtype::bf16, Bf16, Bf16>(p).run();
-  if (p.dtype == Dtype::f16) return PrefixAttentionForward<Dtype::f16, F32, Wide>(p).run();
-  PrefixAttentionForward<Dtype::f32, F32, Wide>(p).run();
+  const auto run = [&](auto dtype, auto vectors, auto matrices) {
+    constexpr Dtype DTYPE = decltype(dtype)::value;
+    using Matrices = decltype(matrices);
+    // A key in int8 is as fast in fp32: widened either way.
+    if (p.page_dtype == Dtype::i8)
+      PrefixAttentionForward<DTYPE, Dtype::i8, F32, Matrices>(p).run();
+    else
+      PrefixAttentionForward<DTYPE, DTYPE, decltype(vectors), Matrices>(p).run();
+  };
+  if (p.dtype == Dtype::bf16) return run(std::integral_constant<Dtype, Dtype::bf16>{}, Bf16{}, Bf16{});
+  if (p.dtype == Dtype::f16) return run(std::integral_constant<Dtype, Dtype::f16>{}, F32{}, Wide{});
+  run(std::integral_constant<Dtype, Dtype::f32>{}, F32{}, Wide{});
 }
 
 }  // namespace limber

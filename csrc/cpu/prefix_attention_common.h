@@ -25,13 +25,14 @@ struct Tokens {
   int64_t head, begin, end;
 
   int64_t count() const { return end - begin; }
-  int64_t value_offset() const { return p.page_size * p.D * size_of(p.dtype); }
+  int64_t row_bytes() const { return p.D * size_of(p.page_dtype); }
+  int64_t value_offset() const { return p.page_size * row_bytes(); }
   // Addresses of the keys, of at most `most` tokens; then the number of them.
   int64_t gather(const char** keys, int64_t most) const {
-    const int64_t row = p.D * size_of(p.dtype), end = std::min(this->end, begin + most);
+    const int64_t row = row_bytes(), end = std::min(this->end, begin + most);
     for (int64_t t = begin; t < end;) {
       const int64_t slot = t % p.page_size, run = std::min(p.page_size - slot, end - t);
-      const char* at = (const char*)p.pages + table[t / p.page_size] * p.page_stride * size_of(p.dtype) +
+      const char* at = (const char*)p.pages + table[t / p.page_size] * p.page_stride * size_of(p.page_dtype) +
                        2 * head * value_offset() + slot * row;
       for (int64_t i = 0; i < run; i++, at += row) *keys++ = at;
       t += run;
@@ -47,8 +48,37 @@ struct Tokens {
   }
 };
 
+// Scales of the keys and values of int8 pages, token by token, and zeros for `more` tokens that are not there.
+struct Scales {
+  std::vector<float> keys, values;
+  void gather(const Tokens& tokens, int64_t more) {
+    const PrefixAttentionParams& p = tokens.p;
+    keys.resize(tokens.count() + more), values.resize(tokens.count() + more);
+    int64_t n = 0;
+    for (int64_t t = tokens.begin; t < tokens.end; t++, n++) {
+      const float* at = p.page_scales + tokens.table[t / p.page_size] * p.page_scales_stride +
+                        2 * tokens.head * p.page_size + t % p.page_size;
+      keys[n] = at[0], values[n] = at[p.page_size];
+    }
+    std::fill(keys.begin() + n, keys.end(), 0.f), std::fill(values.begin() + n, values.end(), 0.f);
+  }
+};
+
 inline void prefetch_row(const char* row, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
+}
+
+// W dwords of a row of a page; integers are themselves in bf16.
+template <class Op, Dtype PAGES>
+Dwords<Op> load_page(const char* row, int64_t d, int64_t left) {
+  if constexpr (PAGES == Dtype::i8) {
+    simd::vec v[Op::P];  // D is a multiple of every W
+    for (int h = 0; h < Op::P; h++)
+      v[h] = left > h * simd::W ? simd::load_i8((const int8_t*)row + d + h * simd::W) : simd::zero();
+    return to_dwords<Op>(v);
+  } else {
+    return load_dwords<Op>(PAGES, row, d, left);
+  }
 }
 
 // Rows by their addresses, as the packing functions read them.
@@ -72,6 +102,23 @@ inline void rotate(Dtype dtype, const void* from, void* to, int64_t D, const flo
     x[d] = even * cos - odd * sin, x[d + 1] = odd * cos + even * sin;
   }
   for (int64_t d = 0; d < dims; d += simd::W) store_from_float(dtype, to, d, simd::load(x + d), D - d);
+}
+
+// A new token's key or value in int8: round(x / scale), scale = absmax / 127. Of a row that is not finite the scale is
+// NaN, which reaches all that see it.
+inline void quantise(Dtype dtype, const void* from, int8_t* to, float& scale, int64_t D) {
+  alignas(64) float x[MAX_HEAD_DIM];
+  simd::vec most = simd::zero(), nan = simd::zero();
+  for (int64_t d = 0; d < D; d += simd::W) {
+    const simd::vec v = load_as_float(dtype, from, d, D - d);
+    simd::store(x + d, v);
+    most = simd::max(most, simd::abs(v)), nan = simd::fma(v, simd::zero(), nan);
+  }
+  scale = simd::hmax(most) / 127.f + simd::sum(nan);
+  const simd::vec divisor = simd::set1(scale > 0.f ? scale : 1.f);
+  for (int64_t d = 0; d < D; d += simd::W)
+    simd::store(x + d, scale == scale ? simd::round(simd::div(simd::load(x + d), divisor)) : simd::zero());
+  for (int64_t d = 0; d < D; d++) to[d] = (int8_t)(int32_t)x[d];
 }
 
 // The unnormalised result of a part of a row's tokens.

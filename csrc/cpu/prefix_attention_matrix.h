@@ -7,8 +7,10 @@
 
 namespace limber {
 
-template <class Op, Dtype DTYPE>
+// Op: of the products; DTYPE: of q; PAGES: of keys and values, whose scales join the logits and the weights.
+template <class Op, Dtype DTYPE, Dtype PAGES>
 class MatrixAttention {
+  static constexpr bool SCALED = PAGES == Dtype::i8;
   static constexpr int MR = Op::MR, W = simd::W, P = Op::P, PARTS = Op::PARTS;
   static constexpr int KEYS = Op::TILES ? 256 : 168;  // of a block; a multiple of every MR and of pairs
   static constexpr int AHEAD = 16;                    // tokens, as in VectorAttention
@@ -39,6 +41,7 @@ class MatrixAttention {
     pack_transposed<Op, NR>(PointedRows{(const char* const*)q, p.D, DTYPE}, 0, R, q_);
     tokens.gather(keys_, AHEAD, next);
     value_ = tokens.value_offset();
+    if (SCALED) scales_.gather(tokens, KEYS);
     for (int r = 0; r < round_up(R, NR); r++) {
       limit_[r] = std::min<float>(limit[std::min(r, R - 1)], tokens.end) - tokens.begin;
       maximum_[r] = -INFINITY, sum_[r] = 0.f;
@@ -66,7 +69,7 @@ class MatrixAttention {
   // products of this one costs them more than it saves: 1.35 times the time of a shared prefix.
   void pack(int64_t at, int n) {
     const char* const* key = keys_.data() + at;
-    const int64_t bytes = p.D * size_of(DTYPE), panel = dwords<Op>(KEYS);
+    const int64_t bytes = p.D * size_of(PAGES), panel = dwords<Op>(KEYS);
     const int padded = (int)round_up(n, P * Op::K_STEP);
     for (int j = 0; j < padded; j += P) {
       Dwords<Op> pair[P];
@@ -76,7 +79,7 @@ class MatrixAttention {
       }
       for (int64_t d = 0; d < p.D; d += P == 1 ? W : NR) {
         for (int i = 0; i < P; i++)
-          pair[i] = j + i < n ? load_dwords<Op>(DTYPE, key[j + i] + value_, d, p.D - d) : Dwords<Op>{};
+          pair[i] = j + i < n ? load_page<Op, PAGES>(key[j + i] + value_, d, p.D - d) : Dwords<Op>{};
         float* to = v_ + d / NR * NR * panel;
         if constexpr (P == 1) {
           simd::store(to + j * NR + d % NR, pair[0].part[0]);
@@ -96,7 +99,7 @@ class MatrixAttention {
   }
   void pack_key(const char* key, int j) {
     for (int64_t d = 0; d < p.D; d += P * W) {
-      const Dwords<Op> x = load_dwords<Op>(DTYPE, key, d, p.D - d);
+      const Dwords<Op> x = load_page<Op, PAGES>(key, d, p.D - d);
       for (int q = 0; q < PARTS; q++)
         simd::store(
             Op::TILES ? k_ + j / MR * MR * Kd_ + (d / P * PARTS + q * W) * MR + j % MR * W : k_ + j * LDK + d / P,
@@ -137,11 +140,19 @@ class MatrixAttention {
     const simd::vec before = simd::loadu(maximum_ + row);
     simd::vec top = before;
     const int whole = (int)std::clamp<float>(limit_[row] - at, 0, n);  // keys that all W rows see
+    const auto logit = [&](int j) {
+      const simd::vec y = simd::load(x + j * NR);
+      return SCALED ? simd::mul(y, simd::set1(scales_.keys[at + j])) : y;
+    };
     int j = 0;
-    for (; j < whole; j++) top = simd::max(top, simd::load(x + j * NR));
+    for (; j < whole; j++) {
+      const simd::vec y = logit(j);
+      if (SCALED) simd::store(x + j * NR, y);
+      top = simd::max(top, y);
+    }
     for (; j < padded; j++) {
       const simd::mask seen = simd::less(simd::set1((float)(at + j)), limit);
-      const simd::vec y = simd::select(seen, simd::load(x + j * NR), none);
+      const simd::vec y = simd::select(seen, logit(j), none);
       simd::store(x + j * NR, y);
       top = simd::max(top, y);
     }
@@ -149,7 +160,7 @@ class MatrixAttention {
     simd::vec sum = simd::zero();
     for (j = 0; j < padded; j++) {
       const simd::vec e = weight<Op::EXP2_DEGREE>(simd::load(x + j * NR), base, factor);
-      simd::store(x + j * NR, e);
+      simd::store(x + j * NR, SCALED ? simd::mul(e, simd::set1(scales_.values[at + j])) : e);
       sum = simd::add(sum, e);
     }
     const simd::vec kept = weight<6>(before, base, factor);
@@ -199,6 +210,7 @@ class MatrixAttention {
   uint64_t fresh_ = 0;  // panels of rows that have seen a key
   alignas(64) float limit_[ROWS], maximum_[ROWS], sum_[ROWS];
   std::vector<const char*> keys_;
+  Scales scales_;
   int64_t value_ = 0;
 };
 

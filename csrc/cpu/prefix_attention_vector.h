@@ -4,8 +4,10 @@
 
 namespace limber {
 
-template <class Op, Dtype DTYPE>
+// Op: of the dot products; DTYPE: of q; PAGES: of keys and values.
+template <class Op, Dtype DTYPE, Dtype PAGES>
 class VectorAttention {
+  static constexpr bool SCALED = PAGES == Dtype::i8;
   static constexpr int W = simd::W, KEYS = 64;
   static constexpr int AHEAD = 16;  // tokens between a row and the one that is fetched from memory meanwhile
   static_assert(KEYS % W == 0, "whole vectors of keys");
@@ -20,20 +22,24 @@ class VectorAttention {
     const int64_t total = tokens.count(), begin = tokens.begin;
     tokens.gather(keys_, AHEAD + W, next);  // the last W may also be multiplied in vain
     value_ = tokens.value_offset();
+    if (SCALED) scales_.gather(tokens, W);
     for (int64_t at = 0; at < total; at += KEYS) {
       const int n = (int)std::min<int64_t>(KEYS, total - at);
       for (int r = 0; r < R; r++) {
         const int seen = (int)std::min<float>(n, limit[r] - begin - at);
-        if (seen > 0) block(q[r], seen, keys_.data() + at, PartSums{parts[r], p.D});
+        if (seen > 0) block(q[r], seen, at, PartSums{parts[r], p.D});
       }
     }
   }
 
  private:
-  void block(const void* q, int n, const char* const* keys, PartSums part) {
+  void block(const void* q, int n, int64_t at, PartSums part) {
+    const char* const* keys = keys_.data() + at;
     simd::vec top = simd::set1(-INFINITY);
     for (int j = 0; j < n; j += W) {
-      const simd::vec x = simd::select(simd::first(n - j), dots(q, keys + j), simd::set1(-INFINITY));
+      simd::vec x = dots(q, keys + j);
+      if (SCALED) x = simd::mul(x, simd::loadu(scales_.keys.data() + at + j));
+      x = simd::select(simd::first(n - j), x, simd::set1(-INFINITY));
       simd::store(x_ + j, x);
       top = simd::max(top, x);
     }
@@ -43,7 +49,7 @@ class VectorAttention {
     simd::vec sum = simd::zero();
     for (int j = 0; j < n; j += W) {
       const simd::vec e = weight<6>(simd::load(x_ + j), base, simd::set1(factor_));
-      simd::store(x_ + j, e);
+      simd::store(x_ + j, SCALED ? simd::mul(e, simd::loadu(scales_.values.data() + at + j)) : e);
       sum = simd::add(sum, e);
     }
     const float keep = fresh ? 0.f : exp2f(factor_ * (part.maximum() - maximum));
@@ -65,8 +71,8 @@ class VectorAttention {
       const simd::vec f = load_dwords<Op>(DTYPE, q, d, p.D - d).part[0];
 #pragma GCC unroll 16
       for (int i = 0; i < W; i++) {
-        v[i] = Op::madd(v[i], load_dwords<Op>(DTYPE, keys[i], d, p.D - d).part[0], f);
-        __builtin_prefetch(keys[i + AHEAD] + d * size_of(DTYPE), 0, 2);
+        v[i] = Op::madd(v[i], load_page<Op, PAGES>(keys[i], d, p.D - d).part[0], f);
+        if (!SCALED || d % 64 == 0) __builtin_prefetch(keys[i + AHEAD] + d * size_of(PAGES), 0, 2);
       }
     }
     simd::transpose(v);
@@ -84,9 +90,9 @@ class VectorAttention {
     for (int j = 0; j < n; j++) {
       const simd::vec e = simd::set1(x_[j]);
       const char* value = keys[j] + value_;
-      prefetch_row(keys[j + AHEAD] + value_ + d * size_of(DTYPE), C * W * size_of(DTYPE));
+      prefetch_row(keys[j + AHEAD] + value_ + d * size_of(PAGES), C * W * size_of(PAGES));
 #pragma GCC unroll 16
-      for (int c = 0; c < C; c++) v[c] = simd::fma(e, load_as_float(DTYPE, value, d + c * W, W), v[c]);
+      for (int c = 0; c < C; c++) v[c] = simd::fma(e, load_page<F32, PAGES>(value, d + c * W, W).part[0], v[c]);
     }
 #pragma GCC unroll 16
     for (int c = 0; c < C; c++) simd::store(sums + d + c * W, v[c]);
@@ -95,6 +101,7 @@ class VectorAttention {
   const PrefixAttentionParams& p;
   const float factor_;
   std::vector<const char*> keys_;
+  Scales scales_;
   int64_t value_ = 0;
   alignas(64) float x_[KEYS];
 };

@@ -102,7 +102,7 @@ Dwords<Op> to_dwords(const simd::vec* v) {
 #endif
 }
 
-inline int64_t size_of(Dtype t) { return t == Dtype::f32 ? 4 : 2; }
+inline int64_t size_of(Dtype t) { return t == Dtype::f32 ? 4 : t == Dtype::i8 ? 1 : 2; }
 
 inline simd::vec load_as_float(Dtype t, const void* p, int64_t d, int64_t left) {
   if (t == Dtype::f32) return simd::load_first((const float*)p + d, left);

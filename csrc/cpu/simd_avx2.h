@@ -90,6 +90,9 @@ struct simd {
   static vec load_bf16(const uint16_t* p, int64_t n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_u16(p, n)), 16));
   }
+  static vec load_i8(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+  }
   static vec load_f16(const uint16_t* p, int64_t n) { return _mm256_cvtph_ps(load_u16(p, n)); }
   static void store_bf16(uint16_t* p, vec v, int64_t n) {  // round to nearest even; NaN stays NaN
     __m256i u = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));

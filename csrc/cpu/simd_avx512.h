@@ -59,6 +59,9 @@ struct simd {
   static vec load_bf16(const uint16_t* p, int64_t n) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(n), p)), 16));
   }
+  static vec load_i8(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+  }
   static vec load_f16(const uint16_t* p, int64_t n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p)); }
   // vcvtneps2bf16 flushes denormals and is otherwise round-to-nearest-even, as torch rounds.
   static void store_bf16(uint16_t* p, vec v, int64_t n) {

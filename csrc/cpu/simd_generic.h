@@ -69,6 +69,7 @@ struct simd {
   static int count(mask m) { return -(m[0] + m[1] + m[2] + m[3]); }
   static vec select(mask m, vec a, vec b) { return m ? a : b; }
 
+  static vec load_i8(const int8_t* p) { return vec{(float)p[0], (float)p[1], (float)p[2], (float)p[3]}; }
   static vec load_first(const float* p, int64_t n) {
     if (n >= W) return loadu(p);
     vec v{};

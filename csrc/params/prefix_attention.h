@@ -2,6 +2,7 @@
 //
 // T new tokens of N sequences; sequence n brings rows queries[n] .. queries[n + 1] - 1, its newest tokens. Token j of a
 // sequence lies in place j % page_size of page page_table[n][j / page_size]; a page is [H][2][page_size][D], K then V.
+// In int8 a key or value is its integers times a scale of its own, absmax / 127.
 #pragma once
 #include "dtype.h"
 
@@ -12,8 +13,11 @@ struct PrefixAttentionParams {
   int64_t q_stride, k_stride, v_stride;
   void* pages;
   int64_t page_stride;
+  float* page_scales;  // of int8 pages: a page is [H][2][page_size]; else null
+  int64_t page_scales_stride;
   int64_t T, N, H, D, page_size;
-  Dtype dtype;  // of q, k, v, pages and out
+  Dtype dtype;       // of q, k, v and out
+  Dtype page_dtype;  // dtype, or i8
 
   const int32_t* queries;     // [N + 1]
   const int32_t* lengths;     // [N] tokens, the new ones included

@@ -33,6 +33,8 @@ def frozen_cross_entropy_supports(request: Any) -> str:
 def prefix_attention_supports(request: Any) -> str | None:
     if request.dtype not in _DTYPES:
         return f"computes in bfloat16 and float16; got {str(request.dtype).removeprefix('torch.')}"
+    if request.page_dtype == torch.int8:
+        return "keeps keys and values in the dtype of q; got torch.int8"
     if request.D not in _HEAD_DIMENSIONS:
         return f"takes heads of 64, 128 or 256 dimensions; got {request.D}"
     if request.page_size & (request.page_size - 1):
@@ -45,8 +47,9 @@ def prefix_attention_supports(request: Any) -> str | None:
 
 
 def prefix_attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, pages: Tensor, queries: Tensor, lengths: Tensor, page_table: Tensor, order: Tensor,
-    shared: Tensor, private: Tensor, positions: Tensor | None, rotary: Tensor | None, *, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, pages: Tensor, page_scales: Tensor | None, queries: Tensor, lengths: Tensor,
+    page_table: Tensor, order: Tensor, shared: Tensor, private: Tensor, positions: Tensor | None,
+    rotary: Tensor | None, *, scale: float,
 ) -> Tensor:  # fmt: skip
     module = native.cuda()
     q, k, v = map(_aligned, (q, k, v))

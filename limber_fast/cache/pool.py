@@ -30,13 +30,14 @@ class PagePool:
 
     Args:
         layers, heads, head_dim: of the model.
-        dtype: of keys and values.
+        dtype: of keys and values; int8 keeps each with a scale of its own in fp32, half the memory of 16 bits.
         budget_bytes: of all pages together; memory of pages that were never used is not touched.
         page_size: tokens of a page; see `limber_fast.prefix_attention`.
         device: where the pages lie.
 
     Attributes:
         storage: [layers, n_pages, heads, 2, page_size, head_dim].
+        scales: [layers, n_pages, heads, 2, page_size] fp32 of int8 pages, else None.
 
     Raises: ValueError where the budget holds no page.
     """
@@ -45,23 +46,39 @@ class PagePool:
         self, layers: int, heads: int, head_dim: int, *, dtype: torch.dtype, budget_bytes: int,
         page_size: int = PAGE_SIZE, device: torch.device | str = "cpu",
     ) -> None:  # fmt: skip
-        self.page_bytes = layers * heads * 2 * page_size * head_dim * dtype.itemsize
+        self.page_bytes = self.bytes_of_page(layers, heads, head_dim, dtype, page_size)
         self.n_pages = budget_bytes // self.page_bytes
         checks.cache_budget(_POOL, budget_bytes, self.page_bytes)
         self.page_size = page_size
         self.storage = torch.empty(layers, self.n_pages, heads, 2, page_size, head_dim, dtype=dtype, device=device)
+        self.scales = None
+        if dtype == torch.int8:
+            self.scales = torch.empty(self.storage.shape[:5], dtype=torch.float32, device=device)
         if self.storage.device.type == "cpu" and native.available_isas():
             # Pages lie 4 or 8 KiB a head: on small pages of the system every one is a miss of the TLB.
-            native.cpu().advise_huge_pages(self.storage.data_ptr(), self.storage.nbytes)
+            for x in (self.storage, self.scales):
+                if x is not None:
+                    native.cpu().advise_huge_pages(x.data_ptr(), x.nbytes)
         self.lock = threading.RLock()
         self.reclaim: Callable[[int], Any] | None = None  # frees so many pages that nobody uses, if it can
         self._holders = [0] * self.n_pages
         self._free = list(range(self.n_pages - 1, -1, -1))  # the last freed is used first: its memory is there
         self._forks = self._copies = 0
 
+    @staticmethod
+    def bytes_of_page(
+        layers: int, heads: int, head_dim: int, dtype: torch.dtype, page_size: int = PAGE_SIZE
+    ) -> int:
+        scale = torch.float32.itemsize if dtype == torch.int8 else 0
+        return layers * heads * 2 * page_size * (head_dim * dtype.itemsize + scale)
+
     def layer(self, index: int) -> Tensor:
         """[n_pages, heads, 2, page_size, head_dim]: the `pages` of `limber_fast.prefix_attention`."""
         return self.storage[index]
+
+    def layer_scales(self, index: int) -> Tensor | None:
+        """[n_pages, heads, 2, page_size]: its `page_scales`."""
+        return None if self.scales is None else self.scales[index]
 
     def sequence(self) -> Sequence:
         """A sequence without tokens."""
@@ -186,8 +203,10 @@ class Sequence:
         return bool(self.length % self.pool.page_size) and self.pool._holders[self.pages[-1]] > 1
 
     def _move_last_page(self, fresh: int) -> None:
-        old, used, storage = self.pages[-1], self.length % self.pool.page_size, self.pool.storage
-        storage[:, fresh, :, :, :used] = storage[:, old, :, :, :used]
+        old, used = self.pages[-1], self.length % self.pool.page_size
+        for x in (self.pool.storage, self.pool.scales):
+            if x is not None:
+                x[:, fresh, :, :, :used] = x[:, old, :, :, :used]
         self.pool._drop([old])
         self.pool._copies += 1
         self.pages[-1] = fresh

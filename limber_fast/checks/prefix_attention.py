@@ -50,19 +50,31 @@ def attention_operands(op: str, q: Any, k: Any, v: Any, batch: Any) -> None:
     same_device(op, "batch", batch.lengths, "q", q)
 
 
-def key_value_pages(op: str, pages: Any, q: Tensor, batch: Any) -> None:
-    shape = "[n_pages, H, 2, page size, D]"
-    dense(op, "pages", pages, shape)
+def key_value_pages(op: str, pages: Any, page_scales: Any, q: Tensor, batch: Any) -> None:
     expected = (q.shape[1], 2, batch.page_size, q.shape[2])
-    if pages.ndim != 5 or pages.shape[1:] != expected:
+    _pages(op, "pages", pages, "[n_pages, H, 2, page size, D]", expected, q, batch)
+    if pages.dtype != torch.int8:
+        same_dtype(op, "pages", pages, "q", q)
+        if page_scales is not None:
+            raise invalid(op, "page_scales", "be None unless pages are int8", kind_of(pages), kind=TypeError)
+        return
+    if page_scales is None:
+        raise invalid(op, "page_scales", "be given with int8 pages", "None", "PagePool.layer_scales has them")
+    _pages(op, "page_scales", page_scales, "[n_pages, H, 2, page size]", expected[:3], q, batch)
+    if page_scales.dtype != torch.float32:
+        raise invalid(op, "page_scales", "be fp32", kind_of(page_scales), kind=TypeError)
+
+
+def _pages(op: str, name: str, x: Any, shape: str, expected: tuple[int, ...], q: Tensor, batch: Any) -> None:
+    dense(op, name, x, shape)
+    if x.ndim != len(expected) + 1 or x.shape[1:] != expected:
         contract = f"be {shape} with {expected} after the first, as q and batch have it"
-        raise invalid(op, "pages", contract, shape_of(pages))
-    if not pages[0:1].is_contiguous():
-        raise invalid(op, "pages", "have contiguous pages", f"strides {pages.stride()}", "it is written in place")
-    same_dtype(op, "pages", pages, "q", q)
-    same_device(op, "pages", pages, "q", q)
-    if batch.highest_page >= pages.shape[0]:
-        raise invalid(op, "pages", f"have page {batch.highest_page}, which batch names", f"{pages.shape[0]} pages")
+        raise invalid(op, name, contract, shape_of(x))
+    if not x[0:1].is_contiguous():
+        raise invalid(op, name, "have contiguous pages", f"strides {x.stride()}", "it is written in place")
+    same_device(op, name, x, "q", q)
+    if batch.highest_page >= x.shape[0]:
+        raise invalid(op, name, f"have page {batch.highest_page}, which batch names", f"{x.shape[0]} pages")
 
 
 def rotary_angles(op: str, rotary: Any, q: Tensor, batch: Any) -> None:

@@ -43,6 +43,8 @@ class GPTJ(FrozenGPTJ):
         weights: 'int8' or 'float'.
         compute: of `limber_fast.int8_linear`: 'w8a16' or 'w8a8'. `model.compute` may be set later.
         outlier_threshold: the same, of w8a8.
+        kv_cache: 'float', or 'int8': keys and values kept in 8 bits, each token's and head's with a scale of its own,
+            which is half the memory. `model.kv_cache` may be set later, for caches made from then on.
         dtype: of activations, embeddings and LayerNorms, and of 'float' weights.
 
     Source: Wang and Komatsuzaki, GPT-J-6B (2021); Dettmers et al., arXiv 2208.07339, for the int8 products.
@@ -78,8 +80,8 @@ class GPTJ(FrozenGPTJ):
     @classmethod
     def from_pretrained(
         cls, source: str | os.PathLike[str] | nn.Module, *, weights: str | None = None, compute: str | None = None,
-        outlier_threshold: float | None = None, dtype: torch.dtype | None = None, mmap: bool = True,
-        device: torch.device | str | None = None,
+        outlier_threshold: float | None = None, kv_cache: str | None = None, dtype: torch.dtype | None = None,
+        mmap: bool = True, device: torch.device | str | None = None,
     ) -> GPTJ:  # fmt: skip
         """A model from a folder: of `save_pretrained`, or Hugging Face's (safetensors, or .bin by weights_only).
 
@@ -88,14 +90,15 @@ class GPTJ(FrozenGPTJ):
 
         Args:
             source: the folder; or a loaded transformers model, as for `from_transformers`.
-            weights, compute, outlier_threshold, dtype: as in the constructor; by default what was saved, and 'int8',
-                'w8a16', 6.0 and bfloat16 for Hugging Face's.
+            weights, compute, outlier_threshold, kv_cache, dtype: as in the constructor; by default what was saved, and
+                'int8', 'w8a16', 6.0, 'float' and bfloat16 for Hugging Face's.
             mmap: of a saved model: leave the weights in the file's pages, shared between processes and read on first
                 use, instead of copying them to memory of their own.
 
         Raises: ValueError with one line that names the file or tensor, what was expected and what was found.
         """
-        given = {"weights": weights, "compute": compute, "outlier_threshold": outlier_threshold, "dtype": dtype}
+        given = {"weights": weights, "compute": compute, "outlier_threshold": outlier_threshold, "kv_cache": kv_cache,
+                 "dtype": dtype}  # fmt: skip
         given = {name: value for name, value in given.items() if value is not None}
         if isinstance(source, nn.Module):
             return cls.from_transformers(source, device=device, **given)
@@ -150,7 +153,7 @@ class GPTJ(FrozenGPTJ):
         if self.shared_batch is not None and not any(p.requires_grad for p in self.parameters()):
             return self._shared_prefix(x)
         pages = 64 * PAGE_SIZE  # of prompts that end within a page
-        cache = KVCache.for_tokens(self.config, [lengths[0] + room + pages], self.dtype, self.device)
+        cache = KVCache.for_tokens(self.config, [lengths[0] + room + pages], self.kv_dtype, self.device)
         self.hidden_states(x, lengths, cache=cache)
         return Prefix(cache, self)
 
@@ -237,7 +240,7 @@ class GPTJ(FrozenGPTJ):
                 batch = ContinuousBatch(self, start.pool, max_batch=len(lengths))
         elif batch is None:
             room = [length + max_new_tokens for length in lengths]
-            pool = KVCache.for_tokens(self.config, room, self.dtype, self.device).pool
+            pool = KVCache.for_tokens(self.config, room, self.kv_dtype, self.device).pool
             batch = ContinuousBatch(self, pool, max_batch=len(lengths))
         requests = []
         try:
@@ -261,7 +264,7 @@ class GPTJ(FrozenGPTJ):
         """Requests that come and go, with keys and values of `budget_bytes`; prompts go on from what earlier ones left
         there."""
         config = self.config
-        pool = PagePool(config.n_layer, config.n_head, config.head_dim, dtype=self.dtype, budget_bytes=budget_bytes,
+        pool = PagePool(config.n_layer, config.n_head, config.head_dim, dtype=self.kv_dtype, budget_bytes=budget_bytes,
                         device=self.device)  # fmt: skip
         return ContinuousBatch(self, pool, PrefixTree(pool), max_batch=max_batch, chunk=chunk)
 

@@ -79,11 +79,8 @@ class KVCache:
     ) -> KVCache:
         """Empty, with a pool for so many tokens of each sequence; memory is taken as it fills."""
         pages = sum(-(-length // PAGE_SIZE) for length in lengths)
-        token_bytes = 2 * config.n_layer * config.n_embd * dtype.itemsize
-        pool = PagePool(
-            config.n_layer, config.n_head, config.head_dim, dtype=dtype, device=device,
-            budget_bytes=pages * PAGE_SIZE * token_bytes,
-        )  # fmt: skip
+        shape = config.n_layer, config.n_head, config.head_dim
+        pool = PagePool(*shape, dtype=dtype, device=device, budget_bytes=pages * PagePool.bytes_of_page(*shape, dtype))
         return cls(pool, [pool.sequence() for _ in lengths])
 
     @property
@@ -164,6 +161,7 @@ def cached_attention(config: GPTJConfig, cache: KVCache, batch: PagedBatch) -> C
 
     def attend(qkv: Tensor, layer: int) -> Tensor:
         q, k, v = qkv.view(-1, 3, config.n_head, config.head_dim).unbind(1)
-        return prefix_attention(q, k, v, cache.pool.layer(layer), batch, rotary=table).flatten(1)
+        pages, scales = cache.pool.layer(layer), cache.pool.layer_scales(layer)
+        return prefix_attention(q, k, v, pages, batch, page_scales=scales, rotary=table).flatten(1)
 
     return attend

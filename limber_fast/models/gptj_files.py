@@ -144,7 +144,8 @@ def save(model: nn.Module, folder: Path) -> None:
     data = folder / f"limber_fast-{uuid.uuid4().hex}.safetensors"
     config = folder / f".config.json.{uuid.uuid4().hex}"
     facts = {"format": FORMAT, "layout": LAYOUT, "file": data.name, "weights": how.weights, "compute": how.compute,
-             "outlier_threshold": how.outlier_threshold, "dtype": str(model.dtype).removeprefix("torch.")}  # fmt: skip
+             "outlier_threshold": how.outlier_threshold, "kv_cache": how.kv_cache,
+             "dtype": str(model.dtype).removeprefix("torch.")}  # fmt: skip
     try:
         _write_tensors(data, _tensors_of(model))
         with open(config, "w", encoding="utf-8") as file:
@@ -208,7 +209,8 @@ def saved_facts(folder: Path, found: dict[str, Any]) -> dict[str, Any] | None:
     checks.choice(source, "dtype", facts.get("dtype"), tuple(_DTYPES))
     data = _member(folder, facts.get("file"), folder / "config.json")
     kept = {name: facts.get(name) for name in ("weights", "compute", "outlier_threshold")}
-    return {**kept, "dtype": _DTYPES[facts["dtype"]], "data": data}
+    kv_cache = facts.get("kv_cache", "float")  # older files do not name it
+    return {**kept, "kv_cache": kv_cache, "dtype": _DTYPES[facts["dtype"]], "data": data}
 
 
 def load(model: nn.Module, data: Path, mmap: bool, device: torch.device | str | None) -> None:

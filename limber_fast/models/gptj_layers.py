@@ -21,12 +21,14 @@ class Precision:
     Attributes:
         weights: 'int8' or 'float'. dtype: of activations, and of weights in floating point.
         compute, outlier_threshold: of `limber_fast.int8_linear`.
+        kv_cache: 'float', keys and values in the activations' dtype, or 'int8'.
     """
 
     weights: str = "int8"
     dtype: torch.dtype = torch.bfloat16
     compute: str = "w8a16"
     outlier_threshold: float = 6.0
+    kv_cache: str = "float"
 
 
 class FrozenLinear(nn.Module):

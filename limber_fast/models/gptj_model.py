@@ -22,6 +22,7 @@ from limber_fast.ops.int8_weight import Int8Weight
 
 _OP = "GPTJ"
 IGNORE_INDEX = -100
+_KV_CACHES = ("float", "int8")
 
 
 @dataclass
@@ -56,14 +57,15 @@ class FrozenGPTJ(nn.Module):
 
     def __init__(
         self, config: GPTJConfig, *, weights: str = "int8", compute: str = "w8a16", outlier_threshold: float = 6.0,
-        dtype: torch.dtype = torch.bfloat16, device: torch.device | str | None = None,
+        kv_cache: str = "float", dtype: torch.dtype = torch.bfloat16, device: torch.device | str | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         checks.choice(_OP, "weights", weights, ("int8", "float"))
         checks.choice(_OP, "compute", compute, ("w8a16", "w8a8"))
         checks.not_negative(_OP, "outlier_threshold", outlier_threshold)
+        checks.choice(_OP, "kv_cache", kv_cache, _KV_CACHES)
         checks.model_dtype(_OP, dtype)
-        self.config, self.precision = config, Precision(weights, dtype, compute, outlier_threshold)
+        self.config, self.precision = config, Precision(weights, dtype, compute, outlier_threshold, kv_cache)
         width = config.n_embd
         self.register_buffer("wte", torch.empty(config.vocab_size, width, dtype=dtype, device=device))
         self.h = nn.ModuleList(Block(config, self.precision, device) for _ in range(config.n_layer))
@@ -89,6 +91,20 @@ class FrozenGPTJ(nn.Module):
         checks.choice(_OP, "compute", value, ("w8a16", "w8a8"))
         self.precision.compute = value
         self._forget()
+
+    @property
+    def kv_cache(self) -> str:
+        return self.precision.kv_cache
+
+    @kv_cache.setter
+    def kv_cache(self, value: str) -> None:
+        checks.choice(_OP, "kv_cache", value, _KV_CACHES)
+        self.precision.kv_cache = value
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """Of the keys and values in caches made from now on."""
+        return torch.int8 if self.kv_cache == "int8" else self.dtype
 
     @property
     def adapters(self) -> nn.ModuleDict:
@@ -137,7 +153,7 @@ class FrozenGPTJ(nn.Module):
         checks.size(_OP, "batch", batch)
         capacity = self.config.n_positions if capacity is None else capacity
         checks.size(_OP, "capacity", capacity)
-        return KVCache.for_tokens(self.config, [capacity] * batch, self.dtype, self.device)
+        return KVCache.for_tokens(self.config, [capacity] * batch, self.kv_dtype, self.device)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Rows of `wte`: ids [...] -> [..., E]."""

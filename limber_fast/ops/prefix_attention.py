@@ -37,6 +37,7 @@ def prefix_attention(
     pages: Tensor,
     batch: PagedBatch,
     *,
+    page_scales: Tensor | None = None,
     rotary: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
@@ -66,9 +67,12 @@ def prefix_attention(
             two dimensions, as a view of a fused product is. Not rotated yet. Frozen, as are k and v: train with
             torch.nn.functional.scaled_dot_product_attention.
         k, v: like q.
-        pages: [n_pages, H, 2, page size, D] in the dtype of q: all pages of the layer. Written in place. Unused places
-            may hold anything, NaN included.
+        pages: [n_pages, H, 2, page size, D] in the dtype of q, or int8: all pages of the layer. Written in place.
+            Unused places may hold anything, NaN included.
         batch: where the sequences' tokens lie: made once per step and used for every layer.
+        page_scales: [n_pages, H, 2, page size] fp32, of int8 pages: a key or value is its integers times its scale,
+            largest magnitude / 127, rounded to nearest when it is written and never again; one that is not finite gets
+            the scale NaN. Written in place, as pages are. None for other pages.
         rotary: [positions, R] fp32 by `rotary_table`: dimensions 0..R-1 of q and k are rotated in interleaved pairs
             (2 i, 2 i + 1), in fp32, and rounded to the dtype of q; None: not rotated.
         scale: of the logits, above 0; None: D^(-1/2).
@@ -90,7 +94,7 @@ def prefix_attention(
     checks.choice(_OP, "backend", backend, dispatch.CHOICES)
     checks.paged_batch(_OP, batch, PagedBatch)
     checks.attention_operands(_OP, q, k, v, batch)
-    checks.key_value_pages(_OP, pages, q, batch)
+    checks.key_value_pages(_OP, pages, page_scales, q, batch)
     if rotary is not None:
         checks.rotary_angles(_OP, rotary, q, batch)
     if scale is None:
@@ -98,8 +102,8 @@ def prefix_attention(
     checks.positive(_OP, "scale", scale)
     return registration.call(
         torch.ops.limber_fast.prefix_attention_fwd.default,
-        _rows(q), _rows(k), _rows(v), pages, batch.queries, batch.lengths, batch.page_table, batch.order, batch.shared,
-        batch.private, batch.positions, rotary, float(scale), dispatch.preferred(backend),
+        _rows(q), _rows(k), _rows(v), pages, page_scales, batch.queries, batch.lengths, batch.page_table, batch.order,
+        batch.shared, batch.private, batch.positions, rotary, float(scale), dispatch.preferred(backend),
     )  # fmt: skip
 
 

@@ -23,16 +23,19 @@ def prefix_attention_supports(request: Any) -> str | None:
 
 
 def prefix_attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, pages: Tensor, queries: Tensor, lengths: Tensor, page_table: Tensor, order: Tensor,
-    shared: Tensor, private: Tensor, positions: Tensor | None, rotary: Tensor | None, *, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, pages: Tensor, page_scales: Tensor | None, queries: Tensor, lengths: Tensor,
+    page_table: Tensor, order: Tensor, shared: Tensor, private: Tensor, positions: Tensor | None,
+    rotary: Tensor | None, *, scale: float,
 ) -> Tensor:  # fmt: skip
     out = torch.empty(q.shape, dtype=q.dtype)
     native.cpu().prefix_attention_fwd(
         q=address(q), k=address(k), v=address(v), q_stride=q.stride(0), k_stride=k.stride(0), v_stride=v.stride(0),
-        pages=address(pages), page_stride=pages.stride(0), T=q.shape[0], N=lengths.shape[0], H=q.shape[1], D=q.shape[2],
-        page_size=pages.shape[3], dtype=DTYPES[q.dtype], queries=address(queries), lengths=address(lengths),
-        page_table=address(page_table), table_width=page_table.shape[1], order=address(order), shared=address(shared),
-        runs=shared.shape[0], alone=address(private), positions=address(positions), rotary=address(rotary),
-        rotary_dims=0 if rotary is None else rotary.shape[1], scale=scale, threads=threads(), out=address(out),
+        pages=address(pages), page_stride=pages.stride(0), page_scales=address(page_scales),
+        page_scales_stride=0 if page_scales is None else page_scales.stride(0), T=q.shape[0], N=lengths.shape[0],
+        H=q.shape[1], D=q.shape[2], page_size=pages.shape[3], dtype=DTYPES[q.dtype], queries=address(queries),
+        lengths=address(lengths), page_table=address(page_table), table_width=page_table.shape[1],
+        order=address(order), shared=address(shared), runs=shared.shape[0], alone=address(private),
+        positions=address(positions), rotary=address(rotary), rotary_dims=0 if rotary is None else rotary.shape[1],
+        scale=scale, threads=threads(), out=address(out),
     )  # fmt: skip
     return out

@@ -23,9 +23,19 @@ def _rotated(x: Tensor, angles: Tensor) -> Tensor:
     return torch.cat([turned.to(x.dtype), x[..., angles.shape[1] :]], -1)
 
 
+def _in_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows x [T, H, D] as integers, and their scales [T, H]; NaN where a row is not finite."""
+    x = wide(x).float()
+    scale = x.abs().amax(-1) / 127
+    scale = scale.masked_fill(~scale.isfinite(), torch.nan)
+    steps = (x / scale.masked_fill(scale == 0, 1)[..., None]).round()
+    return steps.nan_to_num().to(torch.int8), scale
+
+
 def prefix_attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, pages: Tensor, queries: Tensor, lengths: Tensor, page_table: Tensor, order: Tensor,
-    shared: Tensor, private: Tensor, positions: Tensor | None, rotary: Tensor | None, *, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, pages: Tensor, page_scales: Tensor | None, queries: Tensor, lengths: Tensor,
+    page_table: Tensor, order: Tensor, shared: Tensor, private: Tensor, positions: Tensor | None,
+    rotary: Tensor | None, *, scale: float,
 ) -> Tensor:  # fmt: skip
     page_size = pages.shape[3]
     new = queries.diff()
@@ -35,17 +45,23 @@ def prefix_attention_fwd(
         angles = rotary[token if positions is None else positions.long()]
         q, k = _rotated(q, angles), _rotated(k, angles)
     page, place = page_table[sequence, token // page_size].long(), token % page_size
-    pages[page, :, 0, place], pages[page, :, 1, place] = k, v
+    for side, x in enumerate((k, v)):
+        if page_scales is not None:
+            x, page_scales[page, :, side, place] = _in_int8(x)
+        pages[page, :, side, place] = x
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for n, (first, last, length) in enumerate(zip(queries[:-1].tolist(), queries[1:].tolist(), lengths.tolist(),
                                                   strict=True)):  # fmt: skip
         if first == last:
             continue
-        held = pages[page_table[n, : -(-length // page_size)].long()]  # [pages, H, 2, page size, D]
+        own = page_table[n, : -(-length // page_size)].long()
+        held = pages[own]  # [pages, H, 2, page size, D]
+        if page_scales is not None:
+            held = held * page_scales[own][..., None].to(wide(q).dtype)
         keys, values = held.permute(2, 1, 0, 3, 4).flatten(2, 3)[:, :, :length]
         mask = torch.arange(length, device=q.device) <= token[first:last, None] if last - first > 1 else None
         rows = F.scaled_dot_product_attention(
-            q[first:last].transpose(0, 1)[None], keys[None], values[None], attn_mask=mask, scale=scale
+            q[first:last].transpose(0, 1)[None].to(keys.dtype), keys[None], values[None], attn_mask=mask, scale=scale
         )
         out[first:last] = rows[0].transpose(0, 1)
     return out

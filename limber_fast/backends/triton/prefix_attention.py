@@ -15,13 +15,16 @@ _DIMENSIONS, _MOST_DIMENSIONS = 16, 256  # a product's depth; a row of V and its
 def prefix_attention_supports(request: Any) -> str | None:
     if request.D % _DIMENSIONS or request.D > _MOST_DIMENSIONS:
         return f"takes heads of {_DIMENSIONS}, {2 * _DIMENSIONS}, ... {_MOST_DIMENSIONS} dimensions; got {request.D}"
+    if request.page_dtype == torch.int8:
+        return "keeps keys and values in the dtype of q; got torch.int8"
     return device.refusal(request.device, request.dtype)
 
 
 @device.guarded
 def prefix_attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, pages: Tensor, queries: Tensor, lengths: Tensor, page_table: Tensor, order: Tensor,
-    shared: Tensor, private: Tensor, positions: Tensor | None, rotary: Tensor | None, *, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, pages: Tensor, page_scales: Tensor | None, queries: Tensor, lengths: Tensor,
+    page_table: Tensor, order: Tensor, shared: Tensor, private: Tensor, positions: Tensor | None,
+    rotary: Tensor | None, *, scale: float,
 ) -> Tensor:  # fmt: skip
     from limber_fast.kernels import prefix_attention_launch as launch
 
