@@ -49,11 +49,20 @@ def rotated(x, rotary, d, D, position, ROTARY: tl.constexpr):
     return value
 
 
+@triton.jit
+def in_int8(value):
+    """A row as integers, rounded to nearest, and its scale, absmax / 127; NaN and zeros where it is not finite."""
+    scale = tl.max(tl.abs(value), 0) / 127.0 + tl.sum(value * 0.0, 0)
+    steps = value / tl.where(scale > 0.0, scale, 1.0)
+    steps = (steps + 12582912.0) - 12582912.0  # 1.5 2^23: the sum keeps no fraction, and halves go to the even
+    return tl.where(scale == scale, steps, 0.0).to(tl.int8), scale
+
+
 @triton.jit(do_not_specialize=["table_width", "N", "steps"])
 def prefix_attention_append_kernel(
-    q, k, v, pages, queries, lengths, page_table, positions, rotary, turned, q_stride, k_stride, v_stride, page_stride,
-    table_width, N, steps, H, D, PAGE: tl.constexpr, ROTARY: tl.constexpr, HAS_POSITIONS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    q, k, v, pages, page_scales, queries, lengths, page_table, positions, rotary, turned, q_stride, k_stride, v_stride,
+    page_stride, scales_stride, table_width, N, steps, H, D, PAGE: tl.constexpr, ROTARY: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr, SCALED: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """turned [T, H, D] = rotated q; rotated k and v go to their places in the pages. A program per row and head."""
     row, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -65,10 +74,18 @@ def prefix_attention_append_kernel(
     value = rotated(q + row * q_stride + head, rotary, d, D, position, ROTARY)
     tl.store(turned + (row * H + h) * D + d, value.to(turned.dtype.element_ty), mask=there)
     page = tl.load(page_table + n * table_width + token // PAGE).to(tl.int64)
-    place = pages + page * page_stride + (2 * h * PAGE + token % PAGE) * D + d
-    value = rotated(k + row * k_stride + head, rotary, d, D, position, ROTARY)
-    tl.store(place, value.to(pages.dtype.element_ty), mask=there)
-    tl.store(place + PAGE * D, tl.load(v + row * v_stride + head + d, mask=there, other=0.0), mask=there)
+    in_page = 2 * h * PAGE + token % PAGE
+    place = pages + page * page_stride + in_page * D + d
+    key = rotated(k + row * k_stride + head, rotary, d, D, position, ROTARY).to(k.dtype.element_ty)
+    value = tl.load(v + row * v_stride + head + d, mask=there, other=0.0)
+    if SCALED:
+        scale_place = page_scales + page * scales_stride + in_page
+        key, key_scale = in_int8(key.to(tl.float32))
+        value, value_scale = in_int8(value.to(tl.float32))
+        tl.store(scale_place, key_scale)
+        tl.store(scale_place + PAGE, value_scale)
+    tl.store(place, key, mask=there)
+    tl.store(place + PAGE * D, value, mask=there)
 
 
 @triton.jit
@@ -81,9 +98,9 @@ def within(begin, end, split, SPLIT: tl.constexpr):
 
 @triton.jit
 def attend(
-    turned, pages, table, part_sums, part_tops, part_totals, rows, valid, last, begin, end, h, H, D, page_stride, slot,
-    slots, scale, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    turned, pages, page_scales, table, part_sums, part_tops, part_totals, rows, valid, last, begin, end, h, H, D,
+    page_stride, scales_stride, slot, slots, scale, PAGE: tl.constexpr, SCALED: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attends rows [BLOCK_M] to tokens begin .. end-1 of a page table, each up to its `last`, and leaves the part."""
     d = tl.arange(0, BLOCK_D)
@@ -97,15 +114,22 @@ def attend(
         token = first + tl.arange(0, BLOCK_N)
         there = token < end
         page = tl.load(table + token // PAGE, mask=there, other=0).to(tl.int64)
-        place = pages + page * page_stride + (2 * h * PAGE + token % PAGE) * D
+        in_page = 2 * h * PAGE + token % PAGE
+        place = pages + page * page_stride + in_page * D
+        scale_place = page_scales + page * scales_stride + in_page
         of_token = there[:, None] & (d < D)[None, :]
-        keys = tl.load(place[:, None] + d[None, :], mask=of_token, other=0.0)
+        keys = tl.load(place[:, None] + d[None, :], mask=of_token, other=0).to(q.dtype)
         logits = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2E)
+        if SCALED:
+            logits *= tl.load(scale_place, mask=there, other=0.0)[None, :]
         logits = tl.where(there[None, :] & (token[None, :] <= last[:, None]), logits, float("-inf"))
         higher = tl.maximum(top, tl.max(logits, 1))  # of the numbers: NaN reaches the sum
         shift = tl.where(higher == float("-inf"), 0.0, higher)
         weights, down = tl.exp2(logits - shift[:, None]), tl.exp2(top - shift)
-        values = tl.load(place[:, None] + (PAGE * D + d)[None, :], mask=of_token, other=0.0)
+        values = tl.load(place[:, None] + (PAGE * D + d)[None, :], mask=of_token, other=0)
+        if SCALED:  # not the weights: in fp16 small scales would cost them digits
+            value_scale = tl.load(scale_place + PAGE, mask=there, other=0.0)
+            values = (values.to(tl.float32) * value_scale[:, None]).to(q.dtype)
         sums = tl.dot(weights.to(values.dtype), values, sums * down[:, None], input_precision=PRECISION)
         total, top = total * down + tl.sum(weights, 1), higher
     at = at * slots + slot
@@ -129,9 +153,10 @@ def prefix_attention_starts_kernel(queries, order, starts, N, BLOCK: tl.constexp
 
 @triton.jit(do_not_specialize=["table_width", "N", "steps", "tiles", "splits", "slots"])
 def prefix_attention_shared_kernel(
-    turned, pages, queries, page_table, order, shared, starts, part_sums, part_tops, part_totals, page_stride,
-    table_width, N, steps, H, D, tiles, splits, slots, scale, SPLIT: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    turned, pages, page_scales, queries, page_table, order, shared, starts, part_sums, part_tops, part_totals,
+    page_stride, scales_stride, table_width, N, steps, H, D, tiles, splits, slots, scale, SPLIT: tl.constexpr,
+    PAGE: tl.constexpr, SCALED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of the rows that a run's members bring together, all of which see all of it. Programs: runs * splits *
     tiles (of as many rows as there are at all), heads."""
@@ -148,16 +173,17 @@ def prefix_attention_shared_kernel(
         rows = tl.load(queries + tl.load(order + i)) + at - tl.load(starts + i)
         table = page_table + tl.load(order + first).to(tl.int64) * table_width
         attend(
-            turned, pages, table, part_sums, part_tops, part_totals, rows, valid, end + tl.zeros_like(rows), begin, end,
-            h, H, D, page_stride, split + run, slots, scale, PAGE, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
+            turned, pages, page_scales, table, part_sums, part_tops, part_totals, rows, valid,
+            end + tl.zeros_like(rows), begin, end, h, H, D, page_stride, scales_stride, split + run, slots, scale, PAGE,
+            SCALED, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["table_width", "N", "steps", "splits", "slots", "runs"])
 def prefix_attention_alone_kernel(
-    turned, pages, queries, lengths, page_table, private, part_sums, part_tops, part_totals, page_stride, table_width,
-    N, steps, H, D, splits, slots, runs, scale, SPLIT: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    turned, pages, page_scales, queries, lengths, page_table, private, part_sums, part_tops, part_totals, page_stride,
+    scales_stride, table_width, N, steps, H, D, splits, slots, runs, scale, SPLIT: tl.constexpr, PAGE: tl.constexpr,
+    SCALED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of a sequence's rows over its own tokens, causal. Programs: splits * (T // BLOCK_M + N) tiles, heads."""
     tile, split, h = tl.program_id(0) // splits, tl.program_id(0) % splits, tl.program_id(1).to(tl.int64)
@@ -170,9 +196,9 @@ def prefix_attention_alone_kernel(
         begin, end = within(tl.load(private + n), tl.minimum(length, length - end_row + row + BLOCK_M), split, SPLIT)
         if begin < end:
             attend(
-                turned, pages, page_table + n * table_width, part_sums, part_tops, part_totals, rows, rows < end_row,
-                last, begin, end, h, H, D, page_stride, split + runs, slots, scale, PAGE, BLOCK_M, BLOCK_N, BLOCK_D,
-                PRECISION,
+                turned, pages, page_scales, page_table + n * table_width, part_sums, part_tops, part_totals, rows,
+                rows < end_row, last, begin, end, h, H, D, page_stride, scales_stride, split + runs, slots, scale, PAGE,
+                SCALED, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
             )  # fmt: skip
 
 

@@ -31,6 +31,7 @@ class Options:
     page: int = 8
     rotary: int = 64
     positions: bool = False
+    int8: bool = False  # keys and values in the pages
     arithmetic: tuple[str, ...] = ("bf16", "fp16", "tf32", "fp32")
 
     @property
@@ -49,6 +50,13 @@ OPTIONS = (
     Options("heads_of_80", N=5, new=3, prefix=80, own=100, H=12, D=80, page=5, rotary=20, positions=True,
             arithmetic=("fp16", "fp32")),
     Options("heads_of_208", N=20, new=20, D=208, arithmetic=("bf16", "fp32")),
+    Options("decode_int8", int8=True),
+    Options("prefill_int8", N=1, new=2048, prefix=0, own=0, int8=True),
+    Options("questions_int8", new=12, int8=True),
+    Options("forked_int8", N=4, new=64, int8=True),
+    Options("forked_prefill_int8", N=4, new=128, int8=True),
+    Options("heads_of_80_int8", N=5, new=3, prefix=80, own=100, H=12, D=80, page=5, rotary=20, positions=True,
+            int8=True, arithmetic=("fp16", "fp32")),
 )  # fmt: skip
 
 
@@ -64,9 +72,11 @@ def launches(options: Options, arithmetic: str) -> list[Launch]:
         return torch.empty(t, 3, options.H, options.D, dtype=dtype)[:, 0]  # of a fused product
 
     run = (0, n, 0, options.prefix) if options.prefix else ()
+    page = (4, options.H, 2, options.page)
     with recording() as found:
         prefix_attention_launch.prefix_attention_fwd(
-            rows(), rows(), rows(), torch.empty(4, options.H, 2, options.page, options.D, dtype=dtype),
+            rows(), rows(), rows(), torch.empty(*page, options.D, dtype=torch.int8 if options.int8 else dtype),
+            torch.empty(page) if options.int8 else None,
             ints(*range(0, t + 1, options.new)), ints(*[options.length] * n), ints(*[0] * (n * width)).view(n, width),
             ints(*range(n)), ints(*run).view(-1, 4), ints(*[options.prefix] * n),
             ints(*[0] * t) if options.positions else None,
@@ -124,18 +134,24 @@ def work(launch: Launch, options: Options, arithmetic: str) -> Work:
         return Work(shape, 0.0, 16.0 * o.N, 16.0 * o.N, programs, -(-o.N // c["BLOCK"]), arithmetic)
     if kernel not in _ATTEND:
         slots = launch.arguments.get("slots", 0)  # of the merge; the append reads q, k and v and writes as many
-        moved = t * o.H * o.D * (6.0 * size if kernel == "prefix_attention_append_kernel" else 4.0 * slots + size)
+        appended = 4.0 * size + 2.0 * _held(o, size)
+        moved = t * o.H * o.D * (appended if kernel == "prefix_attention_append_kernel" else 4.0 * slots + size)
         return Work(shape, 0.0, moved, moved, programs, max(1, slots), arithmetic)
     shared = kernel == "prefix_attention_shared_kernel"
     tokens = o.prefix if shared else o.own + o.new
     row_tiles = -(-t // c["BLOCK_M"]) if shared else o.N * -(-o.new // c["BLOCK_M"])
     # Causal: of new tokens a row sees half on average.
     seen = tokens if shared else o.own + (o.new + 1) / 2
-    keys = 2.0 * tokens * o.H * o.D * size * (1 if shared else o.N)
+    keys = 2.0 * tokens * o.H * o.D * _held(o, size) * (1 if shared else o.N)
     split = c["SPLIT"] or tokens
     parts = t * o.H * (-(-tokens // split)) * (4.0 * o.D + 8.0)
     blocks = -(-min(split, tokens) // c["BLOCK_N"])
     return Work(
         shape, 4.0 * row_tiles * c["BLOCK_M"] * o.H * seen * c["BLOCK_D"], keys + t * o.H * o.D * size + parts,
-        2.0 * row_tiles * o.H * seen * o.D * size + parts, programs, max(1, blocks), arithmetic,
+        2.0 * row_tiles * o.H * seen * o.D * _held(o, size) + parts, programs, max(1, blocks), arithmetic,
     )  # fmt: skip
+
+
+def _held(options: Options, size: int) -> float:
+    """Bytes of a number in the pages, its part of the scale included."""
+    return 1.0 + 4.0 / options.D if options.int8 else float(size)

@@ -27,13 +27,16 @@ def block_of(dims: int) -> int:
 
 
 def prefix_attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, pages: Tensor, queries: Tensor, lengths: Tensor, page_table: Tensor, order: Tensor,
-    shared: Tensor, private: Tensor, positions: Tensor | None, rotary: Tensor | None, out: Tensor, *, scale: float,
-    precision: str,
+    q: Tensor, k: Tensor, v: Tensor, pages: Tensor, page_scales: Tensor | None, queries: Tensor, lengths: Tensor,
+    page_table: Tensor, order: Tensor, shared: Tensor, private: Tensor, positions: Tensor | None,
+    rotary: Tensor | None, out: Tensor, *, scale: float, precision: str,
 ) -> None:  # fmt: skip
     """Fills out [T, H, D], T > 0, and the new tokens' places in the pages; rows of q, k and v are contiguous."""
+    scaled = page_scales is not None
+    held = {"pages": pages, "page_scales": page_scales if scaled else out, "page_stride": pages.stride(0),
+            "scales_stride": page_scales.stride(0) if scaled else 0, "SCALED": scaled}  # fmt: skip
     (t, heads, dims), n, page_size = q.shape, len(lengths), pages.shape[3]
-    width, runs, page_stride, steps = page_table.shape[1], len(shared), pages.stride(0), n.bit_length()
+    width, runs, steps = page_table.shape[1], len(shared), n.bit_length()
     split = SPLIT if t <= FEW_ROWS else 0
     splits = triton.cdiv(width * page_size, split) if split else 1
     slots = splits + runs
@@ -41,24 +44,28 @@ def prefix_attention_fwd(
     part_sums = out.new_empty(t, heads, slots, dims, dtype=torch.float32)
     part_tops = out.new_empty(t, heads, slots, dtype=torch.float32)
     part_totals = torch.zeros_like(part_tops)  # 0: no part in this slot
-    parts, how = (part_sums, part_tops, part_totals), {"SPLIT": split, "PAGE": page_size, "PRECISION": precision}
+    parts = {"part_sums": part_sums, "part_tops": part_tops, "part_totals": part_totals}
+    tokens = {**held, "queries": queries, "page_table": page_table, "table_width": width, "N": n, "steps": steps,
+              "H": heads, "D": dims, "PAGE": page_size}  # fmt: skip
     kernels.prefix_attention_append_kernel[(t, heads)](
-        q, k, v, pages, queries, lengths, page_table, queries if positions is None else positions,
-        turned if rotary is None else rotary, turned, q.stride(0), k.stride(0), v.stride(0), page_stride, width, n,
-        steps, heads, dims, PAGE=page_size, ROTARY=0 if rotary is None else rotary.shape[1],
-        HAS_POSITIONS=positions is not None, BLOCK_D=block_of(dims), num_warps=1,
+        q, k, v, **tokens, lengths=lengths, positions=queries if positions is None else positions,
+        rotary=turned if rotary is None else rotary, turned=turned, q_stride=q.stride(0), k_stride=k.stride(0),
+        v_stride=v.stride(0), ROTARY=0 if rotary is None else rotary.shape[1], HAS_POSITIONS=positions is not None,
+        BLOCK_D=block_of(dims), num_warps=1,
     )  # fmt: skip
+    how = {**tokens, **parts, "turned": turned, "splits": splits, "slots": slots, "scale": scale, "SPLIT": split,
+           "PRECISION": precision}  # fmt: skip
     if runs:
         starts, blocks = torch.empty_like(queries), tiles(t, q.dtype, dims)
         kernels.prefix_attention_starts_kernel[(1,)](queries, order, starts, n, BLOCK=256)
         row_tiles = triton.cdiv(t, blocks["BLOCK_M"])
         kernels.prefix_attention_shared_kernel[(row_tiles * splits * runs, heads)](
-            turned, pages, queries, page_table, order, shared, starts, *parts, page_stride, width, n, steps, heads,
-            dims, row_tiles, splits, slots, scale, **how, **blocks,
-        )  # fmt: skip
+            order=order, shared=shared, starts=starts, tiles=row_tiles, **how, **blocks
+        )
     blocks = tiles(t // n, q.dtype, dims)
     kernels.prefix_attention_alone_kernel[(splits * (t // blocks["BLOCK_M"] + n), heads)](
-        turned, pages, queries, lengths, page_table, private, *parts, page_stride, width, n, steps, heads, dims, splits,
-        slots, runs, scale, **how, **blocks,
-    )  # fmt: skip
-    kernels.prefix_attention_merge_kernel[(t * heads,)](*parts, out, dims, slots, BLOCK_D=block_of(dims), num_warps=1)
+        lengths=lengths, private=private, runs=runs, **how, **blocks
+    )
+    kernels.prefix_attention_merge_kernel[(t * heads,)](
+        **parts, out=out, D=dims, slots=slots, BLOCK_D=block_of(dims), num_warps=1
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import cases
 import pytest
 import torch
+from ops.test_prefix_attention_int8 import Call as Int8Call
 from ops.test_prefix_attention_values import Call
 
 from gpu.launching import ENGINES, on_engines, running, send_to_triton
@@ -64,6 +65,49 @@ def steps() -> dict[str, tuple]:
         "large_logits": (full, 2, 64, {"sharp": 0.5, "offset": 300.0, "rotary_dims": 0}, decode, None),
         **{name: (brain, 1, 64, {}, ("forked", *fork), None) for name, fork in LONG.items()},
     }
+
+
+class Int8OnEngine(Int8Call):
+    """The same over pages in int8. What was cached before is written by eager PyTorch."""
+
+    def extend(self, engine, sequences, tokens):
+        super().extend("eager", sequences, tokens)
+
+    def attend(self, engine, rows, batch, **options):
+        if engine == "eager":
+            return super().attend(engine, rows, batch, **options)
+        options |= {"rotary": self.rotary, "backend": "triton"}
+        if engine != "cuda":
+            with running(engine):
+                return prefix_attention(*rows, self.pages, batch, page_scales=self.scales, **options)
+        pages, scales, *rows = (x.cuda() for x in (self.pages, self.scales, *rows))
+        options["rotary"] = None if self.rotary is None else self.rotary.cuda()
+        for name, x in vars(batch).items():
+            if isinstance(x, torch.Tensor):
+                setattr(batch, name, x.cuda())
+        out = prefix_attention(*rows, pages, batch, page_scales=scales, **options).cpu()
+        for name, x in vars(batch).items():
+            if isinstance(x, torch.Tensor):
+                setattr(batch, name, x.cpu())
+        self.pages.copy_(pages), self.scales.copy_(scales)
+        return out
+
+
+INT8_STEPS = {
+    "mixed": (torch.bfloat16, 64, True, {"step": cases.STEPS["mixed"]}),
+    "mixed_fp16": (torch.float16, 48, False, {"step": cases.STEPS["mixed"]}),
+    "chunks": (torch.float32, 64, True, {"step": cases.STEPS["chunks"]}),
+    "decode": (torch.bfloat16, 256, True, {"prefix": 40, "members": cases.FORKS["decode"][1]}),
+    "prefill": (torch.float16, 64, True, {"prefix": 61, "members": cases.FORKS["prefill"][1]}),
+    "many_decode_fp32": (torch.float32, 16, False, {"prefix": 93, "members": cases.FORKS["many decode"][1]}),
+    "long": (torch.bfloat16, 64, True, {"prefix": 520, "members": ((0, 1), (70, 1), (7, 20))}),
+}
+
+
+@on_engines("name", INT8_STEPS, kept=("decode",))
+def test_int8_against_float64(engine, name):
+    dtype, dims, rotary, step = INT8_STEPS[name]
+    Int8OnEngine(dtype, dims, rotary=rotary).check(engine, **step)
 
 
 STEPS = steps()
@@ -123,7 +167,7 @@ def test_grids_of_many_sequences_and_long_tables():
     shared = torch.zeros(2, 4, dtype=torch.int32)
     with recording() as found:
         launch.prefix_attention_fwd(
-            q, q, q, torch.empty(1, 1, 2, 8, 16, dtype=torch.bfloat16), torch.arange(n + 1, dtype=torch.int32), counts,
-            table, counts, shared, counts, None, None, torch.empty_like(q), scale=1.0, precision="ieee",
+            q, q, q, torch.empty(1, 1, 2, 8, 16, dtype=torch.bfloat16), None, torch.arange(n + 1, dtype=torch.int32),
+            counts, table, counts, shared, counts, None, None, torch.empty_like(q), scale=1.0, precision="ieee",
         )  # fmt: skip
     assert len(found) == 5 and all(max((*one.grid[1:], 1)) < 65536 and one.grid[0] < 2**31 for one in found)

@@ -15,8 +15,6 @@ _DIMENSIONS, _MOST_DIMENSIONS = 16, 256  # a product's depth; a row of V and its
 def prefix_attention_supports(request: Any) -> str | None:
     if request.D % _DIMENSIONS or request.D > _MOST_DIMENSIONS:
         return f"takes heads of {_DIMENSIONS}, {2 * _DIMENSIONS}, ... {_MOST_DIMENSIONS} dimensions; got {request.D}"
-    if request.page_dtype == torch.int8:
-        return "keeps keys and values in the dtype of q; got torch.int8"
     return device.refusal(request.device, request.dtype)
 
 
@@ -31,7 +29,7 @@ def prefix_attention_fwd(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if len(q):
         launch.prefix_attention_fwd(
-            q, k, v, pages, queries, lengths, page_table, order, shared, private, positions, rotary, out, scale=scale,
-            precision=device.precision(),
+            q, k, v, pages, page_scales, queries, lengths, page_table, order, shared, private, positions, rotary, out,
+            scale=scale, precision=device.precision(),
         )  # fmt: skip
     return out
