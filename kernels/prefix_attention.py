@@ -110,6 +110,7 @@ def attend(
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     sums = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    unit = 0.0  # of sums over int8 values: their largest scale so far
     for first in range(begin, end, BLOCK_N):
         token = first + tl.arange(0, BLOCK_N)
         there = token < end
@@ -126,12 +127,18 @@ def attend(
         higher = tl.maximum(top, tl.max(logits, 1))  # of the numbers: NaN reaches the sum
         shift = tl.where(higher == float("-inf"), 0.0, higher)
         weights, down = tl.exp2(logits - shift[:, None]), tl.exp2(top - shift)
-        values = tl.load(place[:, None] + (PAGE * D + d)[None, :], mask=of_token, other=0)
-        if SCALED:  # not the weights: in fp16 small scales would cost them digits
-            value_scale = tl.load(scale_place + PAGE, mask=there, other=0.0)
-            values = (values.to(tl.float32) * value_scale[:, None]).to(q.dtype)
-        sums = tl.dot(weights.to(values.dtype), values, sums * down[:, None], input_precision=PRECISION)
         total, top = total * down + tl.sum(weights, 1), higher
+        values = tl.load(place[:, None] + (PAGE * D + d)[None, :], mask=of_token, other=0).to(q.dtype)
+        if SCALED:  # the weights: values that are scaled in registers spill
+            value_scales = tl.load(scale_place + PAGE, mask=there, other=0.0)
+            larger = tl.maximum(unit, tl.max(value_scales, 0))
+            divisor = tl.where(larger > 0.0, larger, 1.0)
+            weights *= (value_scales / divisor)[None, :]
+            down *= unit / divisor
+            unit = larger
+        sums = tl.dot(weights.to(values.dtype), values, sums * down[:, None], input_precision=PRECISION)
+    if SCALED:
+        sums *= unit
     at = at * slots + slot
     tl.store(part_sums + at[:, None] * D + d[None, :], sums, mask=of_row)
     tl.store(part_tops + at, top, mask=valid)

@@ -14,6 +14,7 @@ from limber_fast.kernels.recording import Launch, recording
 
 _PRECISION = {"bf16": (torch.bfloat16, "ieee"), "fp16": (torch.float16, "ieee"), "tf32": (torch.float32, "tf32"),
               "fp32": (torch.float32, "ieee")}  # fmt: skip
+_HALF = ("bf16", "fp16")
 _ATTEND = ("prefix_attention_shared_kernel", "prefix_attention_alone_kernel")
 
 
@@ -50,13 +51,13 @@ OPTIONS = (
     Options("heads_of_80", N=5, new=3, prefix=80, own=100, H=12, D=80, page=5, rotary=20, positions=True,
             arithmetic=("fp16", "fp32")),
     Options("heads_of_208", N=20, new=20, D=208, arithmetic=("bf16", "fp32")),
-    Options("decode_int8", int8=True),
-    Options("prefill_int8", N=1, new=2048, prefix=0, own=0, int8=True),
-    Options("questions_int8", new=12, int8=True),
-    Options("forked_int8", N=4, new=64, int8=True),
-    Options("forked_prefill_int8", N=4, new=128, int8=True),
+    Options("decode_int8", int8=True, arithmetic=_HALF),
+    Options("prefill_int8", N=1, new=2048, prefix=0, own=0, int8=True, arithmetic=_HALF),
+    Options("questions_int8", new=12, int8=True, arithmetic=_HALF),
+    Options("forked_int8", N=4, new=64, int8=True, arithmetic=_HALF),
+    Options("forked_prefill_int8", N=4, new=128, int8=True, arithmetic=_HALF),
     Options("heads_of_80_int8", N=5, new=3, prefix=80, own=100, H=12, D=80, page=5, rotary=20, positions=True,
-            int8=True, arithmetic=("fp16", "fp32")),
+            int8=True, arithmetic=_HALF),
 )  # fmt: skip
 
 

@@ -96,10 +96,10 @@ class Int8OnEngine(Int8Call):
 INT8_STEPS = {
     "mixed": (torch.bfloat16, 64, True, {"step": cases.STEPS["mixed"]}),
     "mixed_fp16": (torch.float16, 48, False, {"step": cases.STEPS["mixed"]}),
-    "chunks": (torch.float32, 64, True, {"step": cases.STEPS["chunks"]}),
+    "chunks": (torch.bfloat16, 64, True, {"step": cases.STEPS["chunks"]}),
     "decode": (torch.bfloat16, 256, True, {"prefix": 40, "members": cases.FORKS["decode"][1]}),
     "prefill": (torch.float16, 64, True, {"prefix": 61, "members": cases.FORKS["prefill"][1]}),
-    "many_decode_fp32": (torch.float32, 16, False, {"prefix": 93, "members": cases.FORKS["many decode"][1]}),
+    "many_decode": (torch.float16, 16, False, {"prefix": 93, "members": cases.FORKS["many decode"][1]}),
     "long": (torch.bfloat16, 64, True, {"prefix": 520, "members": ((0, 1), (70, 1), (7, 20))}),
 }
 

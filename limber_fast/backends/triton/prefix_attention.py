@@ -15,6 +15,8 @@ _DIMENSIONS, _MOST_DIMENSIONS = 16, 256  # a product's depth; a row of V and its
 def prefix_attention_supports(request: Any) -> str | None:
     if request.D % _DIMENSIONS or request.D > _MOST_DIMENSIONS:
         return f"takes heads of {_DIMENSIONS}, {2 * _DIMENSIONS}, ... {_MOST_DIMENSIONS} dimensions; got {request.D}"
+    if request.page_dtype == torch.int8 and request.dtype == torch.float32:
+        return "takes int8 pages beside rows of 16 bits; got torch.float32"  # their products in fp32 spill
     return device.refusal(request.device, request.dtype)
 
 
