@@ -41,7 +41,7 @@ class MatrixAttention {
     pack_transposed<Op, NR>(PointedRows{(const char* const*)q, p.D, DTYPE}, 0, R, q_);
     tokens.gather(keys_, AHEAD, next);
     value_ = tokens.value_offset();
-    if (SCALED) scales_.gather(tokens, KEYS);
+    if (SCALED) scales_.gather(tokens, KEYS, next);
     for (int r = 0; r < round_up(R, NR); r++) {
       limit_[r] = std::min<float>(limit[std::min(r, R - 1)], tokens.end) - tokens.begin;
       maximum_[r] = -INFINITY, sum_[r] = 0.f;

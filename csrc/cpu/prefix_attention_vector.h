@@ -9,7 +9,8 @@ template <class Op, Dtype DTYPE, Dtype PAGES>
 class VectorAttention {
   static constexpr bool SCALED = PAGES == Dtype::i8;
   static constexpr int W = simd::W, KEYS = 64;
-  static constexpr int AHEAD = 16;  // tokens between a row and the one that is fetched from memory meanwhile
+  static constexpr int AHEAD =
+      SCALED ? 32 : 16;  // tokens between a row and the one that is fetched from memory meanwhile
   static_assert(KEYS % W == 0, "whole vectors of keys");
 
  public:
@@ -22,7 +23,7 @@ class VectorAttention {
     const int64_t total = tokens.count(), begin = tokens.begin;
     tokens.gather(keys_, AHEAD + W, next);  // the last W may also be multiplied in vain
     value_ = tokens.value_offset();
-    if (SCALED) scales_.gather(tokens, W);
+    if (SCALED) scales_.gather(tokens, W, next);
     for (int64_t at = 0; at < total; at += KEYS) {
       const int n = (int)std::min<int64_t>(KEYS, total - at);
       for (int r = 0; r < R; r++) {

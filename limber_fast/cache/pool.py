@@ -16,6 +16,14 @@ from limber_fast.ops.paged_batch import PAGE_SIZE, PagedBatch
 _POOL, _SEQUENCE = "PagePool", "Sequence"
 
 
+def page_size_of(dtype: torch.dtype) -> int:
+    """Tokens of a page unless told: of int8 twice as many, so that a head's run of K and V is as long.
+
+    Read in runs of 4 KiB, int8 pages come at two thirds of the rate of 8 KiB (Zen 5, heads of 256).
+    """
+    return 2 * PAGE_SIZE if dtype == torch.int8 else PAGE_SIZE
+
+
 class CacheFull(RuntimeError):
     """More pages are in use at once than the pool has; the message says how many are missing."""
 
@@ -32,7 +40,7 @@ class PagePool:
         layers, heads, head_dim: of the model.
         dtype: of keys and values; int8 keeps each with a scale of its own in fp32, half the memory of 16 bits.
         budget_bytes: of all pages together; memory of pages that were never used is not touched.
-        page_size: tokens of a page; see `limber_fast.prefix_attention`.
+        page_size: tokens of a page; by default 8, of int8 16: see `limber_fast.prefix_attention`.
         device: where the pages lie.
 
     Attributes:
@@ -44,8 +52,9 @@ class PagePool:
 
     def __init__(
         self, layers: int, heads: int, head_dim: int, *, dtype: torch.dtype, budget_bytes: int,
-        page_size: int = PAGE_SIZE, device: torch.device | str = "cpu",
+        page_size: int | None = None, device: torch.device | str = "cpu",
     ) -> None:  # fmt: skip
+        page_size = page_size_of(dtype) if page_size is None else page_size
         self.page_bytes = self.bytes_of_page(layers, heads, head_dim, dtype, page_size)
         self.n_pages = budget_bytes // self.page_bytes
         checks.cache_budget(_POOL, budget_bytes, self.page_bytes)
@@ -67,8 +76,9 @@ class PagePool:
 
     @staticmethod
     def bytes_of_page(
-        layers: int, heads: int, head_dim: int, dtype: torch.dtype, page_size: int = PAGE_SIZE
+        layers: int, heads: int, head_dim: int, dtype: torch.dtype, page_size: int | None = None
     ) -> int:
+        page_size = page_size_of(dtype) if page_size is None else page_size
         scale = torch.float32.itemsize if dtype == torch.int8 else 0
         return layers * heads * 2 * page_size * (head_dim * dtype.itemsize + scale)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from limber_fast import checks
-from limber_fast.cache import CacheFull, PagePool, PrefixTree, contents
+from limber_fast.cache import CacheFull, PagePool, PrefixTree, contents, page_size_of
 from limber_fast.models import gptj_files, gptj_generate
 from limber_fast.models.gptj_attention import KVCache, Prefix
 from limber_fast.models.gptj_batch import CHUNK, ContinuousBatch
@@ -20,7 +20,6 @@ from limber_fast.models.gptj_config import GPTJConfig
 from limber_fast.models.gptj_generate import Generation, OnToken
 from limber_fast.models.gptj_model import FrozenGPTJ, GPTJOutput
 from limber_fast.models.gptj_weights import BNB_SCALES, Filling, randomise
-from limber_fast.ops.prefix_attention import PAGE_SIZE
 
 __all__ = ["GPTJ", "GPTJConfig", "GPTJOutput", "Generation"]
 
@@ -152,7 +151,7 @@ class GPTJ(FrozenGPTJ):
         checks.within_context(_OP, lengths[0], self.config.n_positions)
         if self.shared_batch is not None and not any(p.requires_grad for p in self.parameters()):
             return self._shared_prefix(x)
-        pages = 64 * PAGE_SIZE  # of prompts that end within a page
+        pages = 64 * page_size_of(self.kv_dtype)  # of prompts that end within a page
         cache = KVCache.for_tokens(self.config, [lengths[0] + room + pages], self.kv_dtype, self.device)
         self.hidden_states(x, lengths, cache=cache)
         return Prefix(cache, self)

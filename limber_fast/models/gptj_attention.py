@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from limber_fast.cache import PagePool
+from limber_fast.cache import PagePool, page_size_of
 from limber_fast.cache import Sequence as CachedSequence
 from limber_fast.models.gptj_config import GPTJConfig
-from limber_fast.ops.prefix_attention import PAGE_SIZE, PagedBatch, prefix_attention, rotary_table
+from limber_fast.ops.prefix_attention import PagedBatch, prefix_attention, rotary_table
 
 
 @lru_cache(maxsize=8)
@@ -78,7 +78,8 @@ class KVCache:
         cls, config: GPTJConfig, lengths: Sequence[int], dtype: torch.dtype, device: torch.device
     ) -> KVCache:
         """Empty, with a pool for so many tokens of each sequence; memory is taken as it fills."""
-        pages = sum(-(-length // PAGE_SIZE) for length in lengths)
+        size = page_size_of(dtype)
+        pages = sum(-(-length // size) for length in lengths)
         shape = config.n_layer, config.n_head, config.head_dim
         pool = PagePool(*shape, dtype=dtype, device=device, budget_bytes=pages * PagePool.bytes_of_page(*shape, dtype))
         return cls(pool, [pool.sequence() for _ in lengths])

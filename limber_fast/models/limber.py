@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from limber_fast import checks
+from limber_fast.cache import page_size_of
 from limber_fast.models import limber_files
 from limber_fast.models.encoders import ImageEncoder
 from limber_fast.models.gptj import GPTJ, GPTJConfig
 from limber_fast.models.gptj_attention import Prefix
 from limber_fast.models.limber_model import IMAGE, Images, LimberModel, Part
-from limber_fast.ops.prefix_attention import PAGE_SIZE
 
 __all__ = ["DECODING", "IMAGE", "Limber"]
 
@@ -114,7 +114,7 @@ class Limber(LimberModel):
         checks.size(_OP, "max_new_tokens", max_new_tokens)
         longest = sorted((len(self._tokens(f"Q: {question} A:")) for question in questions), reverse=True)[:batch_size]
         soft = images.shape[1] if self.encoder is None else self.encoder.tokens
-        room = sum(n + soft + max_new_tokens + PAGE_SIZE for n in longest)
+        room = sum(n + soft + max_new_tokens + page_size_of(self.language_model.kv_dtype) for n in longest)
         with self.prefix(shots, separator=separator, room=max(1, room)) as prefix:
             return say(prefix)
 

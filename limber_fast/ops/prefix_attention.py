@@ -60,7 +60,8 @@ def prefix_attention(
     K rows are rows of a matrix operand as they lie (AMX tiles, ldmatrix) without a transposition when a token is
     appended. 8 tokens, because a fork in the middle of a page copies it with the first write and the last page is half
     empty on average: 7 tokens of 160 (the private part of a question about one image) are 4%, with 16 they are 9%; and
-    the mma and AMX tiles take 16 or 32 keys of several pages as easily as of one.
+    the mma and AMX tiles take 16 or 32 keys of several pages as easily as of one. Int8 pages of a `PagePool`, whose
+    rows are half as long, hold 16.
 
     Args:
         q: [T, H, D] fp16|bf16|fp32 (fp64 on the eager backend), the T new tokens of `batch`; contiguous in its last

@@ -40,7 +40,8 @@ def test_memory(model):
     bytes_of = {}
     for kind in ("float", "int8"):
         model.kv_cache = kind
-        bytes_of[kind] = model.new_cache(1, 256).pool.page_bytes
+        pool = model.new_cache(1, 256).pool
+        bytes_of[kind] = pool.page_bytes / pool.page_size
     dims = model.config.head_dim
     assert bytes_of["int8"] / bytes_of["float"] == (dims + 4) / (4 * dims)
 

@@ -24,8 +24,8 @@ def _rows(seed=0):
 def test_opcheck(engine, rotary):
     b = BATCH
     torch.library.opcheck(FORWARD, (
-        *_rows(), torch.randn(6, 2, 2, 8, 64), b.queries, b.lengths, b.page_table, b.order, b.shared, b.private, None,
-        rotary, 0.125, engine,
+        *_rows(), torch.randn(6, 2, 2, 8, 64), None, b.queries, b.lengths, b.page_table, b.order, b.shared, b.private,
+        None, rotary, 0.125, engine,
     ))  # fmt: skip
 
 
