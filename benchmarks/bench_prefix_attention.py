@@ -2,11 +2,12 @@
 
 Eager is what a careful engineer writes: rotary in complex numbers, new keys and values into a contiguous cache
 [B, H, S, D], scaled_dot_product_attention over it. Decode reads memory: calls go round several layers, and no cache
-holds the next one.
+holds the next one. Rows of group int8 keep keys and values in int8; '16_bits' is this op over the same in bf16.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import count
 
 import cases
@@ -17,7 +18,7 @@ from comparison import Trial, Workload
 from torch import Tensor
 
 from limber_fast import prefix_attention, rotary_table
-from limber_fast.cache import PagePool
+from limber_fast.cache import PagePool, page_size_of
 
 H, D, ROTARY = 16, 256, 64
 COLD_BYTES = 560 << 20
@@ -39,7 +40,7 @@ def prepare(workload: Workload) -> Trial:
     q, k, v = torch.randn(3, b, new, H, D, generator=generator).to(dtype)
     length, private = prefix + cached + new, cached + new
     token_bytes = 2 * H * D * dtype.itemsize
-    ours_bytes, full_bytes = (prefix + b * private) * token_bytes, b * length * token_bytes
+    full_bytes = b * length * token_bytes
     decode = new == 1
 
     def layers(bytes_of_one: int) -> int:
@@ -50,22 +51,6 @@ def prepare(workload: Workload) -> Trial:
     held = torch.randn(2, H, prefix + b * cached, D, generator=generator).to(dtype)  # K after rotary, and V
     pieces = held.split([prefix, *[cached] * b], 2)
 
-    # Ours: one pool, filled through its own pages.
-    pool = PagePool(layers(ours_bytes), H, D, dtype=dtype,
-                    budget_bytes=layers(ours_bytes) * (prefix + b * (private + 16) + 16) * token_bytes)  # fmt: skip
-
-    def fill(sequence, tokens: int, piece: Tensor) -> None:
-        row = pool.batch([sequence], [tokens]).page_table[0]
-        for j in range(tokens):
-            at = sequence.length - tokens + j
-            pool.storage[:, row[at // 8], :, :, at % 8] = piece[:, :, j].transpose(0, 1)
-
-    trunk = pool.sequence()
-    fill(trunk, prefix, pieces[0])
-    members = [trunk.fork() for _ in range(b)]
-    for member, piece in zip(members, pieces[1:], strict=True):
-        fill(member, cached, piece)
-    batch = pool.batch(members, [new] * b)
     rows = [x.flatten(0, 1) for x in (q, k, v)]
 
     # Eager and our own path without sharing: every sequence its own copy.
@@ -76,11 +61,40 @@ def prepare(workload: Workload) -> Trial:
     if 1 < new < length:
         mask = torch.arange(length) <= torch.arange(length - new, length)[:, None]
 
-    turn, eager_turn = count(), count()
+    def paged(kind: torch.dtype) -> tuple[Callable[[], Tensor], int]:
+        """Attention over one pool, filled through its own pages, and the bytes that a call reads of it."""
+        number = PagePool.bytes_of_page(1, H, D, kind, 1)
+        copies, size = layers((prefix + b * private) * number), page_size_of(kind)
+        pool = PagePool(copies, H, D, dtype=kind,
+                        budget_bytes=copies * (prefix + b * (private + 2 * size) + 2 * size) * number)  # fmt: skip
 
-    def ours() -> Tensor:
-        layer = pool.layer(next(turn) % len(pool.storage))
-        return prefix_attention(*rows, layer, batch, rotary=table).view(b, new, H, D)
+        def fill(sequence, tokens: int, piece: Tensor) -> None:
+            row = pool.batch([sequence], [tokens]).page_table[0]
+            if kind == torch.int8:
+                scales = piece.float().abs().amax(-1) / 127
+                piece = (piece.float() / scales[..., None]).round().to(kind)
+            for j in range(tokens):
+                at = sequence.length - tokens + j
+                pool.storage[:, row[at // size], :, :, at % size] = piece[:, :, j].transpose(0, 1)
+                if kind == torch.int8:
+                    pool.scales[:, row[at // size], :, :, at % size] = scales[:, :, j].T
+
+        trunk = pool.sequence()
+        fill(trunk, prefix, pieces[0])
+        members = [trunk.fork() for _ in range(b)]
+        for member, piece in zip(members, pieces[1:], strict=True):
+            fill(member, cached, piece)
+        batch, turn = pool.batch(members, [new] * b), count()
+
+        def attend() -> Tensor:
+            layer = next(turn) % copies
+            pages, scales = pool.layer(layer), pool.layer_scales(layer)
+            return prefix_attention(*rows, pages, batch, page_scales=scales, rotary=table).view(b, new, H, D)
+
+        return attend, (prefix + b * private) * number
+
+    in_int8, eager_turn = workload.group == "int8", count()
+    ours, ours_bytes = paged(torch.int8 if in_int8 else dtype)
 
     def eager() -> Tensor:
         keys, values = caches[next(eager_turn) % len(caches)]
@@ -92,7 +106,9 @@ def prepare(workload: Workload) -> Trial:
         return out.transpose(1, 2)
 
     baselines = {"eager": eager}
-    if prefix and decode:
+    if in_int8:
+        baselines["16_bits"], _ = paged(dtype)
+    elif prefix and decode:
         apart = PagePool(layers(full_bytes), H, D, dtype=dtype,
                          budget_bytes=layers(full_bytes) * b * (length + 8) * token_bytes)  # fmt: skip
         separate = [apart.sequence() for _ in range(b)]
@@ -130,7 +146,7 @@ def prepare(workload: Workload) -> Trial:
 
     visible = b * sum(length - new + t + 1 for t in range(new))
     return Trial(
-        ours=ours, baselines=baselines, errors=errors, tolerance=TOLERANCE[workload.dtype],
+        ours=ours, baselines=baselines, errors=errors, tolerance=3e-2 if in_int8 else TOLERANCE[workload.dtype],
         baseline_tolerance=2 * TOLERANCE[workload.dtype], flops=4.0 * H * D * visible,
         bytes=ours_bytes + 4 * b * new * H * D * dtype.itemsize, bound="bytes" if decode else "flops",
     )  # fmt: skip
@@ -151,6 +167,7 @@ WORKLOADS = [
     *(workload("prefill", b, 0, 0, t) for b, t in ((1, 16), (1, 64), (1, 256), (1, 1024), (1, 2040), (8, 160))),
     *(workload("chunk", b, p, 0, t) for b, p, t in ((1, 624, 161), (8, 624, 161), (1, 1024, 256), (16, 624, 8))),
     *(workload("fp32", *shape, "float32") for shape in ((8, 0, 512, 1), (32, 800, 64, 1), (1, 0, 0, 512))),
+    *(workload("int8", *shape) for shape in ((1, 0, 2000, 1), (8, 0, 512, 1), (32, 800, 64, 1), (1, 0, 0, 512))),
     *(workload("isa", *shape, isa=isa) for shape in ((32, 800, 64, 1), (1, 0, 0, 512)) for isa in ("avx512", "avx2")),
     workload("cuda", 32, 800, 64, 1, device="cuda"),
 ]  # fmt: skip
