@@ -4,9 +4,9 @@ For what the CUDA extension does not take (fp32, other head dimensions and pages
 are read in parts: a part is what lies within one split of SPLIT tokens and within one run of shared tokens, or past the
 last of them. A program takes a tile of rows over one part, of a run the rows of all its members: weights under each
 row's own running maximum, sums in fp32, weights rounded to the dtype of V for their product. It leaves the maximum (of
-the logits over log 2), the sum of the weights and the weighted sum of V in slot split + run of its rows (alone: split +
-number of runs), of which no two parts of a row fall together, since later runs begin where earlier ones end. The merge
-adds them up. No atomics, no order that depends on the schedule.
+the logits over log 2), the sum of the weights and the weighted sum of V in slot split + depth of its rows (alone:
+split + the most runs that a sequence has). No two parts of a row fall together, since later runs begin where earlier
+ones end. The merge adds them up. No atomics, no order that depends on the schedule.
 
 Which rows a program has follows from the tensors of `PagedBatch` on the device: nothing waits for the host. Counts that
 change from step to step are not specialised: a new one compiles nothing.
@@ -51,8 +51,10 @@ def rotated(x, rotary, d, D, position, ROTARY: tl.constexpr):
 
 @triton.jit
 def in_int8(value):
-    """A row as integers, rounded to nearest, and its scale, absmax / 127; NaN and zeros where it is not finite."""
+    """A row as integers, rounded to nearest, and its scale, absmax / 127, or 0 where that is no normal number; NaN and
+    zeros where the row is not finite."""
     scale = tl.max(tl.abs(value), 0) / 127.0 + tl.sum(value * 0.0, 0)
+    scale = tl.where(scale < 1.1754944e-38, 0.0, scale)
     steps = value / tl.where(scale > 0.0, scale, 1.0)
     steps = (steps + 12582912.0) - 12582912.0  # 1.5 2^23: the sum keeps no fraction, and halves go to the even
     return tl.where(scale == scale, steps, 0.0).to(tl.int8), scale
@@ -110,7 +112,7 @@ def attend(
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     sums = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    unit = 0.0  # of sums over int8 values: their largest scale so far
+    unit = 0.0  # of sums over int8 values: 2^-14 of their largest scale so far, weights are at most 2^14 in fp16
     for first in range(begin, end, BLOCK_N):
         token = first + tl.arange(0, BLOCK_N)
         there = token < end
@@ -131,7 +133,7 @@ def attend(
         values = tl.load(place[:, None] + (PAGE * D + d)[None, :], mask=of_token, other=0).to(q.dtype)
         if SCALED:  # the weights: values that are scaled in registers spill
             value_scales = tl.load(scale_place + PAGE, mask=there, other=0.0)
-            larger = tl.maximum(unit, tl.max(value_scales, 0))
+            larger = tl.maximum(unit, tl.max(value_scales, 0) * 0.00006103515625)
             divisor = tl.where(larger > 0.0, larger, 1.0)
             weights *= (value_scales / divisor)[None, :]
             down *= unit / divisor
@@ -169,8 +171,8 @@ def prefix_attention_shared_kernel(
     tiles (of as many rows as there are at all), heads."""
     tile, h = tl.program_id(0) % tiles, tl.program_id(1).to(tl.int64)
     split, run = tl.program_id(0) // tiles % splits, tl.program_id(0) // tiles // splits
-    first, end_member = tl.load(shared + 4 * run), tl.load(shared + 4 * run + 1)
-    begin, end = within(tl.load(shared + 4 * run + 2), tl.load(shared + 4 * run + 3), split, SPLIT)
+    first, end_member, depth = tl.load(shared + 5 * run), tl.load(shared + 5 * run + 1), tl.load(shared + 5 * run + 4)
+    begin, end = within(tl.load(shared + 5 * run + 2), tl.load(shared + 5 * run + 3), split, SPLIT)
     row, end_row = tl.load(starts + first) + tile * BLOCK_M, tl.load(starts + end_member)
     if (begin < end) & (row < end_row):
         at = row + tl.arange(0, BLOCK_M)
@@ -181,15 +183,15 @@ def prefix_attention_shared_kernel(
         table = page_table + tl.load(order + first).to(tl.int64) * table_width
         attend(
             turned, pages, page_scales, table, part_sums, part_tops, part_totals, rows, valid,
-            end + tl.zeros_like(rows), begin, end, h, H, D, page_stride, scales_stride, split + run, slots, scale, PAGE,
-            SCALED, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
+            end + tl.zeros_like(rows), begin, end, h, H, D, page_stride, scales_stride, split + depth, slots, scale,
+            PAGE, SCALED, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["table_width", "N", "steps", "splits", "slots", "runs"])
+@triton.jit(do_not_specialize=["table_width", "N", "steps", "splits", "slots", "depth"])
 def prefix_attention_alone_kernel(
     turned, pages, page_scales, queries, lengths, page_table, private, part_sums, part_tops, part_totals, page_stride,
-    scales_stride, table_width, N, steps, H, D, splits, slots, runs, scale, SPLIT: tl.constexpr, PAGE: tl.constexpr,
+    scales_stride, table_width, N, steps, H, D, splits, slots, depth, scale, SPLIT: tl.constexpr, PAGE: tl.constexpr,
     SCALED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of a sequence's rows over its own tokens, causal. Programs: splits * (T // BLOCK_M + N) tiles, heads."""
@@ -204,8 +206,8 @@ def prefix_attention_alone_kernel(
         if begin < end:
             attend(
                 turned, pages, page_scales, page_table + n * table_width, part_sums, part_tops, part_totals, rows,
-                rows < end_row, last, begin, end, h, H, D, page_stride, scales_stride, split + runs, slots, scale, PAGE,
-                SCALED, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
+                rows < end_row, last, begin, end, h, H, D, page_stride, scales_stride, split + depth, slots, scale,
+                PAGE, SCALED, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION,
             )  # fmt: skip
 
 

@@ -72,14 +72,14 @@ def launches(options: Options, arithmetic: str) -> list[Launch]:
     def rows() -> torch.Tensor:
         return torch.empty(t, 3, options.H, options.D, dtype=dtype)[:, 0]  # of a fused product
 
-    run = (0, n, 0, options.prefix) if options.prefix else ()
+    run = (0, n, 0, options.prefix, 0) if options.prefix else ()
     page = (4, options.H, 2, options.page)
     with recording() as found:
         prefix_attention_launch.prefix_attention_fwd(
             rows(), rows(), rows(), torch.empty(*page, options.D, dtype=torch.int8 if options.int8 else dtype),
             torch.empty(page) if options.int8 else None,
             ints(*range(0, t + 1, options.new)), ints(*[options.length] * n), ints(*[0] * (n * width)).view(n, width),
-            ints(*range(n)), ints(*run).view(-1, 4), ints(*[options.prefix] * n),
+            ints(*range(n)), ints(*run).view(-1, 5), ints(*[options.prefix] * n), len(run) // 5,
             ints(*[0] * t) if options.positions else None,
             torch.empty(2048, options.rotary) if options.rotary else None,
             torch.empty(t, options.H, options.D, dtype=dtype), scale=options.D**-0.5, precision=precision,

@@ -9,7 +9,7 @@ from torch import Tensor
 from limber_fast.kernels import prefix_attention as kernels
 
 # A single row of 2048 tokens keeps eight programs a head busy; more rows are programs enough, and their parts would
-# only be memory: 4 D bytes a row and head, for every split and every run of shared tokens.
+# only be memory: 4 D bytes a row and head, for every split and every run that a sequence shares.
 SPLIT, FEW_ROWS = 256, 256
 
 
@@ -28,7 +28,7 @@ def block_of(dims: int) -> int:
 
 def prefix_attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, pages: Tensor, page_scales: Tensor | None, queries: Tensor, lengths: Tensor,
-    page_table: Tensor, order: Tensor, shared: Tensor, private: Tensor, positions: Tensor | None,
+    page_table: Tensor, order: Tensor, shared: Tensor, private: Tensor, depth: int, positions: Tensor | None,
     rotary: Tensor | None, out: Tensor, *, scale: float, precision: str,
 ) -> None:  # fmt: skip
     """Fills out [T, H, D], T > 0, and the new tokens' places in the pages; rows of q, k and v are contiguous."""
@@ -39,7 +39,7 @@ def prefix_attention_fwd(
     width, runs, steps = page_table.shape[1], len(shared), n.bit_length()
     split = SPLIT if t <= FEW_ROWS else 0
     splits = triton.cdiv(width * page_size, split) if split else 1
-    slots = splits + runs
+    slots = splits + depth
     turned = torch.empty_like(out)
     part_sums = out.new_empty(t, heads, slots, dims, dtype=torch.float32)
     part_tops = out.new_empty(t, heads, slots, dtype=torch.float32)
@@ -64,7 +64,7 @@ def prefix_attention_fwd(
         )
     blocks = tiles(t // n, q.dtype, dims)
     kernels.prefix_attention_alone_kernel[(splits * (t // blocks["BLOCK_M"] + n), heads)](
-        lengths=lengths, private=private, runs=runs, **how, **blocks
+        lengths=lengths, private=private, depth=depth, **how, **blocks
     )
     kernels.prefix_attention_merge_kernel[(t * heads,)](
         **parts, out=out, D=dims, slots=slots, BLOCK_D=block_of(dims), num_warps=1

@@ -88,7 +88,7 @@ class PrefixAttentionForward {
     }
     std::vector<int32_t> rows;
     for (int64_t s = 0; s < p.runs; s++) {
-      const int32_t* run = p.shared + 4 * s;
+      const int32_t* run = p.shared + 5 * s;
       rows.clear();
       for (int64_t i = run[0]; i < run[1]; i++)
         for (int64_t n = p.order[i], t = p.queries[n]; brings(n) < MANY && t < p.queries[n + 1]; t++)

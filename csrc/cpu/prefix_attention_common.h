@@ -8,6 +8,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "../params/prefix_attention.h"
@@ -57,7 +58,8 @@ struct Tokens {
 };
 
 // Scales of the keys and values of int8 pages, token by token, and zeros for `more` tokens that are not there. They lie
-// a line a page: fetched before they are read, and those of the next task meanwhile, a fifth of a decode step's time.
+// a line or two a page: fetched before they are read, and those of the next task meanwhile, a fifth of a decode step's
+// time.
 struct Scales {
   std::vector<float> keys, values;
   void gather(const Tokens& tokens, int64_t more, const Tokens* next) {
@@ -67,7 +69,10 @@ struct Scales {
       return p.page_scales + page * p.page_scales_stride + 2 * of.head * p.page_size;
     };
     for (const Tokens* of : {&tokens, next})
-      if (of) of->pages(INT64_MAX / 2, [&](int64_t page, int64_t, int64_t) { __builtin_prefetch(at(*of, page)); });
+      if (of)
+        of->pages(of->count(), [&](int64_t page, int64_t, int64_t) {
+          __builtin_prefetch(at(*of, page)), __builtin_prefetch(at(*of, page) + p.page_size);
+        });
     int64_t n = 0;
     tokens.pages(tokens.count(), [&](int64_t page, int64_t slot, int64_t run) {
       const float* from = at(tokens, page) + slot;
@@ -117,8 +122,8 @@ inline void rotate(Dtype dtype, const void* from, void* to, int64_t D, const flo
   for (int64_t d = 0; d < dims; d += simd::W) store_from_float(dtype, to, d, simd::load(x + d), D - d);
 }
 
-// A new token's key or value in int8: round(x / scale), scale = absmax / 127. Of a row that is not finite the scale is
-// NaN, which reaches all that see it.
+// A new token's key or value in int8: round(x / scale), scale = absmax / 127, or 0 where that is no normal number. Of a
+// row that is not finite the scale is NaN, which reaches all that see it.
 inline void quantise(Dtype dtype, const void* from, int8_t* to, float& scale, int64_t D) {
   alignas(64) float x[MAX_HEAD_DIM];
   simd::vec most = simd::zero(), nan = simd::zero();
@@ -128,6 +133,7 @@ inline void quantise(Dtype dtype, const void* from, int8_t* to, float& scale, in
     most = simd::max(most, simd::abs(v)), nan = simd::fma(v, simd::zero(), nan);
   }
   scale = simd::hmax(most) / 127.f + simd::sum(nan);
+  if (scale < std::numeric_limits<float>::min()) scale = 0.f;
   const simd::vec divisor = simd::set1(scale > 0.f ? scale : 1.f);
   for (int64_t d = 0; d < D; d += simd::W)
     simd::store(x + d, scale == scale ? simd::round(simd::div(simd::load(x + d), divisor)) : simd::zero());

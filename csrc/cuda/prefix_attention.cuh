@@ -87,7 +87,7 @@ __device__ __forceinline__ int pieces(int begin, int end) {
 __device__ __forceinline__ int parts_before(const PrefixAttentionLaunch& p, int first, int last, int begin) {
   int count = 0;
   for (int r = threadIdx.x % 32; r < p.runs; r += 32) {
-    const int* run = p.shared + 4 * r;
+    const int* run = p.shared + 5 * r;
     if (run[0] <= first && last <= run[1] && run[3] <= begin) count += pieces(run[2], run[3]);
   }
   return sum_of_warp(count);
@@ -426,7 +426,7 @@ __global__ void __launch_bounds__(THREADS, 2) prefix_attention_parts_kernel(cons
   if (task < of_runs) {
     split = task % p.run_blocks, step = p.run_blocks, task /= p.run_blocks;
     tile = task % p.run_tiles;
-    const int* run = p.shared + 4 * (task / p.run_tiles);
+    const int* run = p.shared + 5 * (task / p.run_tiles);
     first = run[0], last = run[1], begin = run[2], end = run[3];
   } else {
     task -= of_runs;

@@ -23,10 +23,10 @@ struct PrefixAttentionParams {
   const int32_t* lengths;     // [N] tokens, the new ones included
   const int32_t* page_table;  // [N, table_width]
   int64_t table_width;
-  const int32_t* order;      // [N] the sequences so that members of a shared run are neighbours
-  const int32_t* shared;     // [runs, 4] (first, last, begin, end): order[first:last] share tokens begin .. end-1
-  int64_t runs;              //
-  const int32_t* alone;      // [N] first token that a sequence reads alone
+  const int32_t* order;   // [N] the sequences so that members of a shared run are neighbours
+  const int32_t* shared;  // [runs, 5] (first, last, begin, end, depth): order[first:last] share tokens begin .. end-1
+  int64_t runs;           //
+  const int32_t* alone;   // [N] first token that a sequence reads alone
   const int32_t* positions;  // [T] rotary positions, or null: a token's index
   const float* rotary;       // [positions, rotary_dims] cos and sin of each pair, or null
   int64_t rotary_dims;
@@ -48,9 +48,9 @@ struct PrefixAttentionLaunch : PrefixAttentionParams {
   void* stream;
 };
 
-// A row has a part per SPLIT tokens, and one more per run of shared tokens that ends within.
-inline int64_t prefix_attention_slots(int64_t table_width, int64_t page_size, int64_t runs) {
-  return (table_width * page_size + PrefixAttentionLaunch::SPLIT - 1) / PrefixAttentionLaunch::SPLIT + runs;
+// A row has a part per SPLIT tokens, and one more per run of shared tokens that ends within: `depth` runs at most.
+inline int64_t prefix_attention_slots(int64_t table_width, int64_t page_size, int64_t depth) {
+  return (table_width * page_size + PrefixAttentionLaunch::SPLIT - 1) / PrefixAttentionLaunch::SPLIT + depth;
 }
 void prefix_attention_cuda(PrefixAttentionLaunch p);
 

@@ -48,14 +48,14 @@ def prefix_attention_supports(request: Any) -> str | None:
 
 def prefix_attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, pages: Tensor, page_scales: Tensor | None, queries: Tensor, lengths: Tensor,
-    page_table: Tensor, order: Tensor, shared: Tensor, private: Tensor, positions: Tensor | None,
+    page_table: Tensor, order: Tensor, shared: Tensor, private: Tensor, depth: int, positions: Tensor | None,
     rotary: Tensor | None, *, scale: float,
 ) -> Tensor:  # fmt: skip
     module = native.cuda()
     q, k, v = map(_aligned, (q, k, v))
     T, H, D = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    slots = module.prefix_attention_slots(page_table.shape[1], pages.shape[3], len(shared))
+    slots = module.prefix_attention_slots(page_table.shape[1], pages.shape[3], depth)
     # The caching allocator keeps both for the stream's next call, and a graph's own pool for its replays.
     part_sums = torch.empty(T, H, slots, D, dtype=torch.float16, device=q.device)
     part_heads = torch.empty(T, H, slots, 4, dtype=torch.float32, device=q.device)
@@ -64,7 +64,7 @@ def prefix_attention_fwd(
         pages=_address(pages), page_stride=pages.stride(0), T=T, N=len(lengths), H=H, D=D, page_size=pages.shape[3],
         dtype=_DTYPES[q.dtype], queries=_address(queries), lengths=_address(lengths), page_table=_address(page_table),
         table_width=page_table.shape[1], order=_address(order), shared=_address(shared), runs=len(shared),
-        alone=_address(private), positions=_address(positions), rotary=_address(rotary),
+        alone=_address(private), depth=depth, positions=_address(positions), rotary=_address(rotary),
         rotary_dims=0 if rotary is None else rotary.shape[1], scale=scale, out=_address(out),
         part_sums=_address(part_sums), part_heads=_address(part_heads), slots=slots, device=q.device.index,
         stream=_stream(q.device),

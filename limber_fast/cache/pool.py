@@ -78,6 +78,7 @@ class PagePool:
     def bytes_of_page(
         layers: int, heads: int, head_dim: int, dtype: torch.dtype, page_size: int | None = None
     ) -> int:
+        """Of a page in all layers, scales included."""
         page_size = page_size_of(dtype) if page_size is None else page_size
         scale = torch.float32.itemsize if dtype == torch.int8 else 0
         return layers * heads * 2 * page_size * (head_dim * dtype.itemsize + scale)

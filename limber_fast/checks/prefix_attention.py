@@ -54,7 +54,9 @@ def key_value_pages(op: str, pages: Any, page_scales: Any, q: Tensor, batch: Any
     expected = (q.shape[1], 2, batch.page_size, q.shape[2])
     _pages(op, "pages", pages, "[n_pages, H, 2, page size, D]", expected, q, batch)
     if pages.dtype != torch.int8:
-        same_dtype(op, "pages", pages, "q", q)
+        if pages.dtype != q.dtype:
+            contract = f"have the dtype of q, {q.dtype}, or be int8"
+            raise invalid(op, "pages", contract, kind_of(pages), "make them: PagePool", kind=TypeError)
         if page_scales is not None:
             raise invalid(op, "page_scales", "be None unless pages are int8", kind_of(pages), kind=TypeError)
         return

@@ -43,7 +43,8 @@ class GPTJ(FrozenGPTJ):
         compute: of `limber_fast.int8_linear`: 'w8a16' or 'w8a8'. `model.compute` may be set later.
         outlier_threshold: the same, of w8a8.
         kv_cache: 'float', or 'int8': keys and values kept in 8 bits, each token's and head's with a scale of its own,
-            which is half the memory. `model.kv_cache` may be set later, for caches made from then on.
+            which is half the memory. `model.kv_cache` may be set later, for caches made from then on; what
+            `keep_prefixes` keeps stays of its kind until it is called again.
         dtype: of activations, embeddings and LayerNorms, and of 'float' weights.
 
     Source: Wang and Komatsuzaki, GPT-J-6B (2021); Dettmers et al., arXiv 2208.07339, for the int8 products.

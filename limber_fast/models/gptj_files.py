@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from limber_fast import checks
+from limber_fast.models.gptj_layers import KV_CACHES
 from limber_fast.models.gptj_weights import BNB_SCALES, Filling, full_name, put
 from limber_fast.ops.int8_weight import _huge_pages, in_file
 
@@ -210,6 +211,7 @@ def saved_facts(folder: Path, found: dict[str, Any]) -> dict[str, Any] | None:
     data = _member(folder, facts.get("file"), folder / "config.json")
     kept = {name: facts.get(name) for name in ("weights", "compute", "outlier_threshold")}
     kv_cache = facts.get("kv_cache", "float")  # older files do not name it
+    checks.choice(source, "kv_cache", kv_cache, KV_CACHES)
     return {**kept, "kv_cache": kv_cache, "dtype": _DTYPES[facts["dtype"]], "data": data}
 
 

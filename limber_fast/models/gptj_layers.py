@@ -13,6 +13,8 @@ from limber_fast.models.gptj_config import GPTJConfig
 from limber_fast.ops.int8_linear import int8_linear, unchecked_int8_linear
 from limber_fast.ops.int8_weight import Int8Weight
 
+KV_CACHES = ("float", "int8")
+
 
 @dataclass
 class Precision:

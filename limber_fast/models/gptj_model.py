@@ -15,14 +15,13 @@ from limber_fast import checks
 from limber_fast.models.gptj_attention import KVCache, cached_attention, rotations
 from limber_fast.models.gptj_causal import differentiable_attention
 from limber_fast.models.gptj_config import GPTJConfig
-from limber_fast.models.gptj_layers import Adapter, Block, FrozenLayerNorm, FrozenLinear, Precision
+from limber_fast.models.gptj_layers import KV_CACHES, Adapter, Block, FrozenLayerNorm, FrozenLinear, Precision
 from limber_fast.models.gptj_weights import small_normal_
 from limber_fast.ops.frozen_cross_entropy import frozen_cross_entropy
 from limber_fast.ops.int8_weight import Int8Weight
 
 _OP = "GPTJ"
 IGNORE_INDEX = -100
-_KV_CACHES = ("float", "int8")
 
 
 @dataclass
@@ -63,7 +62,7 @@ class FrozenGPTJ(nn.Module):
         checks.choice(_OP, "weights", weights, ("int8", "float"))
         checks.choice(_OP, "compute", compute, ("w8a16", "w8a8"))
         checks.not_negative(_OP, "outlier_threshold", outlier_threshold)
-        checks.choice(_OP, "kv_cache", kv_cache, _KV_CACHES)
+        checks.choice(_OP, "kv_cache", kv_cache, KV_CACHES)
         checks.model_dtype(_OP, dtype)
         self.config, self.precision = config, Precision(weights, dtype, compute, outlier_threshold, kv_cache)
         width = config.n_embd
@@ -98,7 +97,7 @@ class FrozenGPTJ(nn.Module):
 
     @kv_cache.setter
     def kv_cache(self, value: str) -> None:
-        checks.choice(_OP, "kv_cache", value, _KV_CACHES)
+        checks.choice(_OP, "kv_cache", value, KV_CACHES)
         self.precision.kv_cache = value
 
     @property

@@ -173,7 +173,7 @@ class Limber(LimberModel):
             tokenizer: GPT-2's; MAGMA reads 50258 ids.
             encoder: whose weights are replaced by the file's: by default RN50x16, as MAGMA's.
             config: by default GPT-J-6B with adapters of width 1024.
-            precision: weights, compute, outlier_threshold and dtype, as of `GPTJ`.
+            precision: weights, compute, outlier_threshold, kv_cache and dtype, as of `GPTJ`.
 
         Raises: ValueError with one line that names the tensor, what was expected and what was found.
         """

@@ -33,9 +33,10 @@ class PagedBatch:
     Attributes:
         tokens: T, the sum of `queries`.
         queries, lengths, page_table, order, shared, private: int32 tensors. Sequence `n` brings rows queries[n] ..
-            queries[n + 1] - 1. A row (first, last, begin, end) of `shared` says that the sequences order[first:last]
-            hold tokens begin .. end-1 in the same pages; a sequence's runs follow each other from token 0 to
-            private[n], its first token that it reads alone.
+            queries[n + 1] - 1. A row (first, last, begin, end, depth) of `shared` says that the sequences
+            order[first:last] hold tokens begin .. end-1 in the same pages, behind `depth` other runs; a sequence's runs
+            follow each other from token 0 to private[n], its first token that it reads alone.
+        depth: the most runs that a sequence has.
 
     Raises: ValueError for numbers that contradict each other.
     """
@@ -58,10 +59,13 @@ class PagedBatch:
         heads = [tuple(table[:n]) for table, n in zip(page_tables, whole, strict=True)]
         order = sorted(range(len(heads)), key=heads.__getitem__)
         runs = list(_runs([heads[n] for n in order], 0, len(order), 0, self.WORTHWHILE // page_size or 1))
-        private = [0] * len(heads)
-        for first, last, _, end in runs:
+        private, depths = [0] * len(heads), [0] * len(heads)
+        shared = []
+        for first, last, begin, end in runs:
+            shared.append([first, last, begin * page_size, end * page_size, depths[order[first]]])
             for n in order[first:last]:
-                private[n] = max(private[n], end * page_size)
+                private[n], depths[n] = max(private[n], end * page_size), depths[n] + 1
+        self.depth = max(depths, default=0)
 
         width = max(map(len, page_tables), default=0)
         rows = [0]
@@ -74,7 +78,7 @@ class PagedBatch:
         self.queries, self.lengths = tensor(rows, -1), tensor(list(lengths), -1)
         self.page_table = tensor([[*table, *[0] * (width - len(table))] for table in page_tables], len(heads), width)
         self.order, self.private = tensor(order, -1), tensor(private, -1)
-        self.shared = tensor([[a, b, c * page_size, d * page_size] for a, b, c, d in runs], -1, 4)
+        self.shared = tensor(shared, -1, 5)
         self.positions = None if positions is None else tensor(list(positions), -1)
 
     def __len__(self) -> int:

@@ -80,9 +80,10 @@ def prefix_attention(
         backend: 'auto', 'cpu', 'cuda', 'triton' or 'eager'; see `limber_fast.use_backend`.
 
     Returns:
-        [T, H, D] in the dtype of q, contiguous. Softmax in fp32. A sequence's result depends on the other sequences
-        only within the rounding of a merge. NaN and Inf reach those tokens that see them, and perhaps earlier ones of
-        the same sequence and head, whose weight of 0 is multiplied with them.
+        [T, H, D] in the dtype of q, contiguous. Softmax in fp32; products in the dtype of q, of int8 pages too. A
+        sequence's result depends on the other sequences only within the rounding of a merge. NaN and Inf reach those
+        tokens that see them, and perhaps earlier ones of the same sequence and head, whose weight of 0 is multiplied
+        with them.
 
     Raises:
         ValueError: a shape or value breaks the contract above; an input that requires grad. TypeError: a dtype or kind
@@ -104,7 +105,7 @@ def prefix_attention(
     return registration.call(
         torch.ops.limber_fast.prefix_attention_fwd.default,
         _rows(q), _rows(k), _rows(v), pages, page_scales, batch.queries, batch.lengths, batch.page_table, batch.order,
-        batch.shared, batch.private, batch.positions, rotary, float(scale), dispatch.preferred(backend),
+        batch.shared, batch.private, batch.depth, batch.positions, rotary, float(scale), dispatch.preferred(backend),
     )  # fmt: skip
 
 

@@ -85,8 +85,10 @@ class Params(ctypes.Structure):
         *((name, _POINTER) for name in ("q", "k", "v")),
         *((name, _LONG) for name in ("q_stride", "k_stride", "v_stride")),
         ("pages", _POINTER),
-        *((name, _LONG) for name in ("page_stride", "T", "N", "H", "D", "page_size")),
-        ("dtype", _INT),
+        ("page_stride", _LONG),
+        ("page_scales", _POINTER),
+        *((name, _LONG) for name in ("page_scales_stride", "T", "N", "H", "D", "page_size")),
+        *((name, _INT) for name in ("dtype", "page_dtype")),
         *((name, _POINTER) for name in ("queries", "lengths", "page_table")),
         ("table_width", _LONG),
         *((name, _POINTER) for name in ("order", "shared")),
@@ -103,8 +105,9 @@ class Params(ctypes.Structure):
     ]
 
     @classmethod
-    def of(cls, *, dtype: str, device: Any = None, stream: int = 0, **values: Any) -> Params:
-        return cls(dtype=DTYPES[dtype], page_shift=values["page_size"].bit_length() - 1, **values)
+    def of(cls, *, dtype: str, depth: int, device: Any = None, stream: int = 0, **values: Any) -> Params:
+        kind, shift = DTYPES[dtype], values["page_size"].bit_length() - 1
+        return cls(dtype=kind, page_dtype=kind, page_shift=shift, **values)
 
 
 class Module:
@@ -115,8 +118,8 @@ class Module:
     def __init__(self, launch: Callable[[Params], None]) -> None:
         self.launch = launch
 
-    def prefix_attention_slots(self, table_width: int, page_size: int, runs: int) -> int:
-        return -(-table_width * page_size // self.SPLIT) + runs
+    def prefix_attention_slots(self, table_width: int, page_size: int, depth: int) -> int:
+        return -(-table_width * page_size // self.SPLIT) + depth
 
     def prefix_attention_fwd(self, **values: Any) -> None:
         self.launch(Params.of(**values))

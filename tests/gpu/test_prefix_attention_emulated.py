@@ -11,7 +11,7 @@ from pathlib import Path
 import cases
 import pytest
 import torch
-from ops.test_prefix_attention_values import Call
+from ops.test_prefix_attention_values import GROUPS, Call
 
 from gpu.nvcc import ROOT, asan_runtime, emulated, emulation, needs_nvcc
 from limber_fast import PagedBatch, prefix_attention
@@ -42,6 +42,11 @@ def test_shared_prefixes(mode, fork, dtype):
     call = Call(dtype, 2, 64)
     prefixes, members = cases.FORKS[fork]
     call.check("cuda", *call.forked(prefixes, members, cases.permutation(len(members))))
+
+
+def test_groups_side_by_side(mode):
+    call = Call(torch.bfloat16, 2, 64)
+    call.check("cuda", *call.groups(*GROUPS))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

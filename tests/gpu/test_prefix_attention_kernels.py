@@ -9,7 +9,7 @@ import cases
 import pytest
 import torch
 from ops.test_prefix_attention_int8 import Call as Int8Call
-from ops.test_prefix_attention_values import Call
+from ops.test_prefix_attention_values import GROUPS, Call
 
 from gpu.launching import ENGINES, on_engines, running, send_to_triton
 from gpu.test_prefix_attention_emulated import LONG
@@ -26,6 +26,12 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, pois
     return request.param
 
 
+def _move(batch, device):
+    for name, x in vars(batch).items():
+        if isinstance(x, torch.Tensor):
+            setattr(batch, name, x.to(device))
+
+
 class OnEngine(Call):
     """A step whose attention the Triton kernels compute."""
 
@@ -34,9 +40,7 @@ class OnEngine(Call):
             with running(engine):
                 return prefix_attention(q, k, v, pages, batch, **options, backend="triton")
         there = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in options.items()}
-        for name, x in vars(batch).items():
-            if isinstance(x, torch.Tensor):
-                setattr(batch, name, x.cuda())
+        _move(batch, "cuda")
         held = pages.cuda()
         out = prefix_attention(q.cuda(), k.cuda(), v.cuda(), held, batch, **there, backend="triton").cpu()
         pages.copy_(held)
@@ -59,6 +63,7 @@ def steps() -> dict[str, tuple]:
         "many_decode": (half, 1, 64, {}, ("forked", *cases.FORKS["many decode"]), None),
         "many_decode_fp32": (full, 1, 48, {"rotary_dims": 6}, ("forked", *cases.FORKS["many decode"]), None),
         "prefill": (brain, 2, 64, {"shuffled": True}, ("forked", *cases.FORKS["prefill"]), None),
+        "groups": (half, 1, 64, {}, ("groups", *GROUPS), None),
         "nested": (brain, 3, 256, {"rotary_dims": 64}, ("forked", *cases.FORKS["nested"]), 0.2),
         "nested_fp32": (full, 2, 16, {"rotary_dims": 0, "page_size": 1}, ("forked", *cases.FORKS["nested"]), None),
         "sharp": (full, 2, 64, {"sharp": 50.0, "rotary_dims": 0}, decode, None),
@@ -82,13 +87,9 @@ class Int8OnEngine(Int8Call):
                 return prefix_attention(*rows, self.pages, batch, page_scales=self.scales, **options)
         pages, scales, *rows = (x.cuda() for x in (self.pages, self.scales, *rows))
         options["rotary"] = None if self.rotary is None else self.rotary.cuda()
-        for name, x in vars(batch).items():
-            if isinstance(x, torch.Tensor):
-                setattr(batch, name, x.cuda())
+        _move(batch, "cuda")
         out = prefix_attention(*rows, pages, batch, page_scales=scales, **options).cpu()
-        for name, x in vars(batch).items():
-            if isinstance(x, torch.Tensor):
-                setattr(batch, name, x.cpu())
+        _move(batch, "cpu")
         self.pages.copy_(pages), self.scales.copy_(scales)
         return out
 
@@ -108,6 +109,23 @@ INT8_STEPS = {
 def test_int8_against_float64(engine, name):
     dtype, dims, rotary, step = INT8_STEPS[name]
     Int8OnEngine(dtype, dims, rotary=rotary).check(engine, **step)
+
+
+def test_int8_rows_do_not_feel_what_they_do_not_see(monkeypatch, poisoned):
+    """A later value of 60,000 leaves earlier rows their digits, in fp16 too; NaN reaches those who see it."""
+    send_to_triton(monkeypatch, "prefix_attention", "interpreted")
+    found = []
+    for last in (None, 6e4, torch.nan):
+        call = Int8OnEngine(torch.float16, 64, rotary=False)
+        sequence = call.pool.sequence()
+        batch, (q, k, v) = call.pool.batch([sequence], [20]), call.rows(20)
+        v = 0.1 * v
+        if last is not None:
+            v[19] = last
+        found.append(call.attend("interpreted", (q, k, v), batch))
+    alone, beside, nan = found
+    assert max(cases.errors(beside[:19], alone[:19].double())) <= 2 * cases.FLOOR[torch.float16]
+    assert nan[19].isnan().all()
 
 
 STEPS = steps()
@@ -159,15 +177,31 @@ def test_nothing_new(engine):
         assert call.attend(engine, *rows, pages, batch).shape == (0, 2, 64)
 
 
+def test_parts_do_not_multiply_with_the_groups():
+    """As many slots as a row can have parts, however many groups there are."""
+    groups, page = 70, 8
+    tables = [[group, groups + 2 * group + member] for group in range(groups) for member in range(2)]
+    batch = PagedBatch([1] * len(tables), [page + 3] * len(tables), tables)
+    assert len(batch.shared) == groups and batch.depth == 1
+    rows = torch.empty(3, batch.tokens, 1, 16, dtype=torch.bfloat16)
+    with recording() as found:
+        launch.prefix_attention_fwd(
+            *rows, torch.empty(3 * groups, 1, 2, page, 16, dtype=torch.bfloat16), None, batch.queries, batch.lengths,
+            batch.page_table, batch.order, batch.shared, batch.private, batch.depth, None, None,
+            torch.empty_like(rows[0]), scale=1.0, precision="ieee",
+        )  # fmt: skip
+    assert [one.arguments["slots"] for one in found if "slots" in one.arguments] == [2, 2, 2]
+
+
 def test_grids_of_many_sequences_and_long_tables():
     """Axes beyond the first hold at most 65535 programs."""
     n, width = 70_000, 8192
     q, counts = torch.empty(n, 1, 16, dtype=torch.bfloat16), torch.zeros(n, dtype=torch.int32)
     table = torch.zeros(1, width, dtype=torch.int32).expand(n, width)
-    shared = torch.zeros(2, 4, dtype=torch.int32)
+    shared = torch.zeros(2, 5, dtype=torch.int32)
     with recording() as found:
         launch.prefix_attention_fwd(
             q, q, q, torch.empty(1, 1, 2, 8, 16, dtype=torch.bfloat16), None, torch.arange(n + 1, dtype=torch.int32),
-            counts, table, counts, shared, counts, None, None, torch.empty_like(q), scale=1.0, precision="ieee",
+            counts, table, counts, shared, counts, 2, None, None, torch.empty_like(q), scale=1.0, precision="ieee",
         )  # fmt: skip
     assert len(found) == 5 and all(max((*one.grid[1:], 1)) < 65536 and one.grid[0] < 2**31 for one in found)

@@ -41,7 +41,9 @@ BAD_KINDS = {
     "q of numbers": (dict(q=[1.0]), r"q must be a tensor \[T, H, D\]; got list"),
     "integer v": (dict(v=ROWS[2].long()), r"v must be fp16, bf16, fp32 or fp64; got torch.int64"),
     "k of other dtype": (dict(k=ROWS[1].half()), r"k must have the dtype of q, torch.float32; got torch.float16"),
-    "pages of other dtype": (dict(pages=PAGES.half()), r"pages must have the dtype of q, torch.float32; got torch.fl"),
+    "pages of other dtype": (
+        dict(pages=PAGES.half()), r"pages must have the dtype of q, torch.float32, or be int8; got torch.float16; make",
+    ),
     "a plain batch": (
         dict(batch=[0, 1]),
         r"batch must be a PagedBatch; got list; make one: limber_fast.PagedBatch, or PagePool.batch",

@@ -137,6 +137,44 @@ def test_rows_of_zeros_and_ties(engine):
     assert place == [127, 0, 2, 2, 0, -2, -126, -127, *range(8)]
 
 
+@pytest.mark.parametrize("size", [1e-45, 1e-40, 1e-35, 1e30])
+def test_sizes_at_the_ends_of_fp32(engine, size):
+    call = Call(torch.float32, 16, rotary=False)
+    sequence = call.pool.sequence()
+    batch = call.pool.batch([sequence], [9])
+    q, k, v = call.rows(9)
+    call.attend(engine, (q, k, size * v), batch)
+    (_, values), scales, _ = call.stored(batch)
+    normal = scales[1] > 0
+    assert normal.all() if size > 1e-38 else not normal.any()
+    wrong = (values - size * v.double()).abs().amax(-1)
+    assert (wrong <= torch.where(normal, 0.5001 * scales[1], 1.5e-36).double()).all()
+
+
+def test_views_of_larger_pools(engine):
+    """Pages and scales with strides of their own."""
+    found = []
+    for apart in (False, True):
+        call = Call(torch.float32)
+        if apart:
+            call.pages = torch.stack([call.pages, call.pages], 1)[:, 1]
+            call.scales = torch.stack([call.scales, call.scales, call.scales], 1)[:, 1]
+        sequences, queries = call.sequences(engine, step=cases.STEPS["mixed"], prefix=64, members=((3, 1), (0, 1)))
+        batch = call.pool.batch(sequences, queries)
+        found.append((call.attend(engine, call.rows(batch.tokens), batch), call.pages, call.scales.nan_to_num()))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_fp64_rows_of_eager():
+    call = Call(torch.float64)
+    sequence = call.pool.sequence()
+    batch, rows = call.pool.batch([sequence], [20]), call.rows(20)
+    found = call.attend("eager", rows, batch)
+    assert found.dtype == torch.float64
+    assert max(cases.errors(found, call.true(rows, batch, [sequence], [20]))) < 1e-6
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("place", ["k", "v", "cached"])
 def test_nan_and_inf_reach_those_who_see_them(engine, poisoned, place, value):
@@ -177,8 +215,8 @@ PAGES, SCALES = torch.zeros(4, HEADS, 2, 8, 64, dtype=torch.int8), torch.zeros(4
 def test_opcheck(engine):
     b = BATCH
     torch.library.opcheck(FORWARD, (
-        *ROWS, PAGES.clone(), SCALES.clone(), b.queries, b.lengths, b.page_table, b.order, b.shared, b.private, None,
-        None, 0.125, engine,
+        *ROWS, PAGES.clone(), SCALES.clone(), b.queries, b.lengths, b.page_table, b.order, b.shared, b.private, 0,
+        None, None, 0.125, engine,
     ))  # fmt: skip
 
 

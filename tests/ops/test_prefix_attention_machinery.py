@@ -25,7 +25,7 @@ def test_opcheck(engine, rotary):
     b = BATCH
     torch.library.opcheck(FORWARD, (
         *_rows(), torch.randn(6, 2, 2, 8, 64), None, b.queries, b.lengths, b.page_table, b.order, b.shared, b.private,
-        None, rotary, 0.125, engine,
+        b.depth, None, rotary, 0.125, engine,
     ))  # fmt: skip
 
 
@@ -54,15 +54,16 @@ def test_sharing_in_any_order():
     for order in itertools.permutations(range(5)):
         batch = PagedBatch([1] * 5, [lengths[i] for i in order], [tables[i] for i in order])
         runs = {
-            (frozenset(order[n] for n in batch.order[a:b]), c, d) for a, b, c, d in batch.shared.tolist()
+            (frozenset(order[n] for n in batch.order[a:b]), *run) for a, b, *run in batch.shared.tolist()
         }
-        assert runs == {(frozenset({0, 1, 3, 4}), 0, 16), (frozenset({1, 4}), 16, 32)}
+        assert runs == {(frozenset({0, 1, 3, 4}), 0, 16, 0), (frozenset({1, 4}), 16, 32, 1)}
+        assert batch.depth == 2
         assert {order[n]: int(batch.private[n]) for n in range(5)} == {0: 16, 1: 32, 2: 0, 3: 16, 4: 32}
 
 
 def test_new_tokens_are_never_shared():
     batch = PagedBatch([9, 9], [24, 24], [[0, 1, 2], [0, 1, 3]])
-    assert batch.shared.tolist() == [[0, 2, 0, 8]] and batch.private.tolist() == [8, 8]
+    assert batch.shared.tolist() == [[0, 2, 0, 8, 0]] and batch.private.tolist() == [8, 8] and batch.depth == 1
 
 
 @settings(deadline=None)
@@ -74,12 +75,13 @@ def test_shared_runs_lead_every_sequence_to_its_private_part(sequences):
     queries = [min(new, length) for (_, new), length in zip(sequences, lengths, strict=True)]
     batch = PagedBatch(queries, lengths, tables)
     assert sorted(batch.order.tolist()) == list(range(len(sequences)))
-    at = [0] * len(sequences)
-    for first, last, begin, end in batch.shared.tolist():
+    at, depths = [0] * len(sequences), [0] * len(sequences)
+    for first, last, begin, end, depth in batch.shared.tolist():
         members = batch.order[first:last].tolist()
         assert len(members) >= 2 and begin < end
         for n in members:
-            assert at[n] == begin and tables[n][begin // 8 : end // 8] == tables[members[0]][begin // 8 : end // 8]
-            at[n] = end
-    assert at == batch.private.tolist()
+            assert at[n] == begin and depths[n] == depth
+            assert tables[n][begin // 8 : end // 8] == tables[members[0]][begin // 8 : end // 8]
+            at[n], depths[n] = end, depths[n] + 1
+    assert at == batch.private.tolist() and batch.depth == max(depths, default=0)
     assert all(end <= length - new for end, length, new in zip(at, lengths, queries, strict=True))

@@ -58,6 +58,13 @@ class Call:
         pairs = pairs if order is None else [pairs[i] for i in order]
         return [s for s, _ in pairs], [new for _, new in pairs]
 
+    def groups(self, count, prefixes, members):
+        """Several trunks with forks of their own, in any order."""
+        made = [self.forked([length + 8 * i for length in prefixes], members) for i in range(count)]
+        pairs = [pair for sequences, queries in made for pair in zip(sequences, queries, strict=True)]
+        pairs = [pairs[i] for i in cases.permutation(len(pairs))]
+        return [s for s, _ in pairs], [new for _, new in pairs]
+
     def attend(self, engine, q, k, v, pages, batch, **options):
         return prefix_attention(q, k, v, pages, batch, **options, backend=engine)
 
@@ -120,6 +127,15 @@ def test_shared_prefixes(engine, poisoned, fork, dtype):
     call = Call(dtype, 2, 64)
     prefixes, members = cases.FORKS[fork]
     call.check(engine, *call.forked(prefixes, members, cases.permutation(len(members))))
+
+
+GROUPS = (5, (16, 40), ((0, 1), (5, 1), (3, 2), (9, 1)))  # two levels each
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_groups_side_by_side(engine, poisoned, dtype):
+    call = Call(dtype, 2, 64)
+    call.check(engine, *call.groups(*GROUPS))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

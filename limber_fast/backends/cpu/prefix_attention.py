@@ -24,7 +24,7 @@ def prefix_attention_supports(request: Any) -> str | None:
 
 def prefix_attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, pages: Tensor, page_scales: Tensor | None, queries: Tensor, lengths: Tensor,
-    page_table: Tensor, order: Tensor, shared: Tensor, private: Tensor, positions: Tensor | None,
+    page_table: Tensor, order: Tensor, shared: Tensor, private: Tensor, depth: int, positions: Tensor | None,
     rotary: Tensor | None, *, scale: float,
 ) -> Tensor:  # fmt: skip
     out = torch.empty(q.shape, dtype=q.dtype)

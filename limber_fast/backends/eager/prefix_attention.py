@@ -24,17 +24,18 @@ def _rotated(x: Tensor, angles: Tensor) -> Tensor:
 
 
 def _in_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows x [T, H, D] as integers, and their scales [T, H]; NaN where a row is not finite."""
+    """Rows x [T, H, D] as integers, and their scales [T, H]; 0 where it would be no normal number, NaN where a row is
+    not finite."""
     x = wide(x).float()
     scale = x.abs().amax(-1) / 127
-    scale = scale.masked_fill(~scale.isfinite(), torch.nan)
+    scale = scale.masked_fill(~scale.isfinite(), torch.nan).masked_fill(scale < torch.finfo(scale.dtype).tiny, 0)
     steps = (x / scale.masked_fill(scale == 0, 1)[..., None]).round()
     return steps.nan_to_num().to(torch.int8), scale
 
 
 def prefix_attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, pages: Tensor, page_scales: Tensor | None, queries: Tensor, lengths: Tensor,
-    page_table: Tensor, order: Tensor, shared: Tensor, private: Tensor, positions: Tensor | None,
+    page_table: Tensor, order: Tensor, shared: Tensor, private: Tensor, depth: int, positions: Tensor | None,
     rotary: Tensor | None, *, scale: float,
 ) -> Tensor:  # fmt: skip
     page_size = pages.shape[3]

@@ -23,7 +23,7 @@ def prefix_attention_supports(request: Any) -> str | None:
 @device.guarded
 def prefix_attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, pages: Tensor, page_scales: Tensor | None, queries: Tensor, lengths: Tensor,
-    page_table: Tensor, order: Tensor, shared: Tensor, private: Tensor, positions: Tensor | None,
+    page_table: Tensor, order: Tensor, shared: Tensor, private: Tensor, depth: int, positions: Tensor | None,
     rotary: Tensor | None, *, scale: float,
 ) -> Tensor:  # fmt: skip
     from limber_fast.kernels import prefix_attention_launch as launch
@@ -31,7 +31,7 @@ def prefix_attention_fwd(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if len(q):
         launch.prefix_attention_fwd(
-            q, k, v, pages, page_scales, queries, lengths, page_table, order, shared, private, positions, rotary, out,
-            scale=scale, precision=device.precision(),
+            q, k, v, pages, page_scales, queries, lengths, page_table, order, shared, private, depth, positions, rotary,
+            out, scale=scale, precision=device.precision(),
         )  # fmt: skip
     return out
