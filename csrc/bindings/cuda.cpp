@@ -58,10 +58,9 @@ void prefix_attention_fwd(std::uintptr_t q, std::uintptr_t k, std::uintptr_t v, 
                           const std::string& dtype, std::uintptr_t queries, std::uintptr_t lengths,
                           std::uintptr_t page_table, std::int64_t table_width, std::uintptr_t order,
                           std::uintptr_t shared, std::int64_t runs, std::uintptr_t alone, std::int64_t depth,
-                          std::uintptr_t positions,
-                          std::uintptr_t rotary, std::int64_t rotary_dims, float scale, std::uintptr_t out,
-                          std::uintptr_t part_sums, std::uintptr_t part_heads, std::int64_t slots, int device,
-                          std::uintptr_t stream) {
+                          std::uintptr_t positions, std::uintptr_t rotary, std::int64_t rotary_dims, float scale,
+                          std::uintptr_t out, std::uintptr_t part_sums, std::uintptr_t part_heads, std::int64_t slots,
+                          int device, std::uintptr_t stream) {
   if ((q | k | v | pages | out) % 16 || (q_stride | k_stride | v_stride | page_stride) % 8)
     throw py::value_error("prefix_attention: rows and pages must be 16-byte aligned");
   if (page_size < 1 || page_size & (page_size - 1))

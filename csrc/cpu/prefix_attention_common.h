@@ -58,8 +58,8 @@ struct Tokens {
 };
 
 // Scales of the keys and values of int8 pages, token by token, and zeros for `more` tokens that are not there. They lie
-// a line or two a page: fetched before they are read, and those of the next task meanwhile, a fifth of a decode step's
-// time.
+// a line or two a page: fetched before they are read, and those of the next task meanwhile. Unfetched, waiting for them
+// was a fifth of a decode step's samples.
 struct Scales {
   std::vector<float> keys, values;
   void gather(const Tokens& tokens, int64_t more, const Tokens* next) {

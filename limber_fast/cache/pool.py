@@ -19,7 +19,7 @@ _POOL, _SEQUENCE = "PagePool", "Sequence"
 def page_size_of(dtype: torch.dtype) -> int:
     """Tokens of a page unless told: of int8 twice as many, so that a head's run of K and V is as long.
 
-    Read in runs of 4 KiB, int8 pages come at two thirds of the rate of 8 KiB (Zen 5, heads of 256).
+    Read in runs of 4 KiB, int8 pages come at two thirds to four fifths of the rate of 8 KiB (Zen 5, heads of 256).
     """
     return 2 * PAGE_SIZE if dtype == torch.int8 else PAGE_SIZE
 

@@ -215,7 +215,7 @@ PAGES, SCALES = torch.zeros(4, HEADS, 2, 8, 64, dtype=torch.int8), torch.zeros(4
 def test_opcheck(engine):
     b = BATCH
     torch.library.opcheck(FORWARD, (
-        *ROWS, PAGES.clone(), SCALES.clone(), b.queries, b.lengths, b.page_table, b.order, b.shared, b.private, 0,
+        *ROWS, PAGES.clone(), SCALES.clone(), b.queries, b.lengths, b.page_table, b.order, b.shared, b.private, b.depth,
         None, None, 0.125, engine,
     ))  # fmt: skip
 
