@@ -16,7 +16,7 @@ from typing import Any
 import gptj_peers
 import pytest
 import torch
-from bench_gptj import PAIRED, block_weights, packed_bytes, peers
+from bench_gptj import PAIRED, block_products, packed_bytes, peers
 from comparison import Trial, Workload, available_bytes
 
 SOFT_PROMPTS, TEXT, ANSWER = 144, 12, 5
@@ -60,7 +60,8 @@ def prepare(workload: Workload) -> Trial:
     digits = 1 if model.compute == "w8a8" else 2
     return Trial(
         ours=ours, baselines=baselines, errors=errors, tolerance=0.0, baseline_tolerance=0.0,
-        flops=2.0 * digits * block_weights(model) * tokens, bytes=(ANSWER + 1) * packed_bytes(model), arithmetic="int8",
+        flops=2.0 * digits * block_products(model, tokens, questions * ANSWER),
+        bytes=(ANSWER + 1) * packed_bytes(model), arithmetic="int8",
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import gptj_peers
 import pytest
 import torch
 import torch.nn.functional as F
-from bench_gptj import BASELINE_TOLERANCE, PAIRED, TOLERANCE, block_weights, packed_bytes, peers
+from bench_gptj import BASELINE_TOLERANCE, PAIRED, TOLERANCE, block_products, packed_bytes, peers
 from comparison import Trial, Workload, available_bytes
 from torch import Tensor
 
@@ -91,7 +91,8 @@ def prepare_training(workload: Workload) -> Trial:
     head = 2.0 * 2 * 2 * model.lm_head.weight.packed.nbytes * (sum(lengths) + CAPTIONS)
     return Trial(
         ours=ours, baselines={"eager": eager}, errors=errors, tolerance=TOLERANCE["w8a16"],
-        baseline_tolerance=BASELINE_TOLERANCE, flops=2.0 * 2 * 2 * block_weights(model) * tokens + head,
+        baseline_tolerance=BASELINE_TOLERANCE,
+        flops=2.0 * 2 * 2 * block_products(model, tokens, sum(lengths) + CAPTIONS) + head,
         bytes=2 * packed_bytes(model), arithmetic="int8", weights={"": bytes_of(model), "eager": bytes_of(theirs)},
     )  # fmt: skip
 
@@ -153,7 +154,7 @@ def prepare_saying(workload: Workload) -> Trial:
     digits = 1 if compute == "w8a8" else 2
     return Trial(
         ours=ours, baselines={"eager": generating(theirs, embeds, new)}, errors=errors, tolerance=0.0,
-        baseline_tolerance=0.0, flops=2.0 * digits * block_weights(model) * tokens,
+        baseline_tolerance=0.0, flops=2.0 * digits * block_products(model, tokens, pictures * new),
         bytes=(new + 1) * packed_bytes(model), bound="flops" if shots or pictures > 4 else "bytes", arithmetic="int8",
         weights={"": bytes_of(model), "eager": bytes_of(theirs)},
     )  # fmt: skip

@@ -154,7 +154,7 @@ class GPTJ(FrozenGPTJ):
             return self._shared_prefix(x)
         pages = 64 * page_size_of(self.kv_dtype)  # of prompts that end within a page
         cache = KVCache.for_tokens(self.config, [lengths[0] + room + pages], self.kv_dtype, self.device)
-        self.hidden_states(x, lengths, cache=cache)
+        self.fill(cache, x, lengths)
         return Prefix(cache, self)
 
     def _shared_prefix(self, x: Tensor) -> Prefix:
@@ -166,7 +166,7 @@ class GPTJ(FrozenGPTJ):
                 if (len(x) - sequence.length) // batch.pool.page_size + 2 > batch.spare_pages():
                     raise CacheFull(f"{_OP}.prefix: {len(x)} tokens do not fit beside what runs; keep_prefixes(more)")
                 if rest := len(x) - sequence.length:
-                    self.hidden_states(x[-rest:], [rest], cache=cache)
+                    self.fill(cache, x[-rest:], [rest])
                 whole = len(x) // batch.pool.page_size * batch.pool.page_size  # the last page may still be written
                 batch.tree.insert(sequence, known[:whole])
             except BaseException:

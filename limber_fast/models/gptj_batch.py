@@ -128,23 +128,26 @@ class ContinuousBatch:
     def _forward(self, work: list[tuple[Request, Tensor]]) -> None:
         counts = [len(rows) for _, rows in work]
         cache = KVCache(self.pool, [request.sequence for request, _ in work])
-        hidden = self.model.hidden_states(torch.cat([rows for _, rows in work]), counts, cache=cache)
-        ready, end = [], 0
+        asked, end = [], 0  # who says something, behind which of the tokens
         for request, rows in work:
             end += len(rows)
+            if request.fed + len(rows) >= len(request.rows):
+                asked += [(request, at) for at in range(end - 1 - len(request.draft), end)]
+        x = torch.cat([rows for _, rows in work])
+        behind = torch.tensor([at for _, at in asked], dtype=torch.int64, device=x.device)
+        hidden = self.model.hidden_states(x, counts, cache=cache, rows=None if len(asked) == len(x) else behind)
+        for request, rows in work:
             if request.in_prefill:
                 request.fed += len(rows)
                 if request.contents:  # whole pages: none that is still written is shared
                     whole = request.fed // self.pool.page_size * self.pool.page_size
                     self.tree.insert(request.sequence, request.contents[:whole])
-            if not request.in_prefill:
-                ready.append((request, range(end - 1 - len(request.draft), end)))
-        for sampler in dict.fromkeys(request.sampler for request, _ in ready):
-            chosen = [(request, at) for request, at in ready if request.sampler == sampler]
-            logits = self.model.lm_head(hidden[[row for _, at in chosen for row in at]]).float()
-            tokens = iter(sampler(logits, [request.generator for request, at in chosen for _ in at]))
-            for request, at in chosen:
-                request.take(list(islice(tokens, len(at))))
+        for sampler in dict.fromkeys(request.sampler for request, _ in asked):
+            chosen = [i for i, (request, _) in enumerate(asked) if request.sampler == sampler]
+            logits = self.model.lm_head(hidden if len(chosen) == len(asked) else hidden[chosen]).float()
+            tokens = iter(sampler(logits, [asked[i][0].generator for i in chosen]))
+            for request in dict.fromkeys(asked[i][0] for i in chosen):
+                request.take(list(islice(tokens, 1 + len(request.draft))))
 
     def _embedded(self, tokens: list[int]) -> Tensor:
         return F.embedding(torch.tensor(tokens, device=self.model.device), self.model.wte)

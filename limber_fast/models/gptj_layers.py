@@ -116,10 +116,13 @@ class Block(nn.Module):
         inner = config.adapter_width
         self.adapter = None if inner is None else Adapter(width, inner, precision.dtype, device)
 
-    def forward(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
-        """x [T, E] -> [T, E]; `attend` maps q|k|v [T, 3 E] to [T, E]."""
+    def forward(self, x: Tensor, attend: Callable[[Tensor], Tensor], rows: Tensor | None = None) -> Tensor:
+        """x [T, E] -> [T, E]; `attend` maps q|k|v [T, 3 E] to [T, E]. rows: [R] integers: [R, E] of these alone."""
         h, own = self.ln_1(x), unchecked_int8_linear
-        x = self.out_proj(attend(self.qkv(h, linear=own)), residual=x, linear=own)
+        attended = attend(self.qkv(h, linear=own))
+        if rows is not None:
+            x, h, attended = (t.index_select(0, rows) for t in (x, h, attended))
+        x = self.out_proj(attended, residual=x, linear=own)
         h = self.fc_in(h, activation="gelu_new", linear=own)
         if self.adapter is None:
             return self.fc_out(h, residual=x, linear=own)

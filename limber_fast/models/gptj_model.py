@@ -31,7 +31,8 @@ class GPTJOutput:
     Attributes:
         loss: mean cross entropy over the labelled tokens, fp32; None without labels.
         cache: the KVCache that was passed in, or None.
-        hidden: [B, S, E], after the last LayerNorm; zeros where the attention mask is 0.
+        hidden: [B, S, E] (or of the last `logits_to_keep` tokens), after the last LayerNorm; zeros where the attention
+            mask is 0.
     """
 
     hidden: Tensor
@@ -41,8 +42,8 @@ class GPTJOutput:
 
     @cached_property
     def logits(self) -> Tensor:
-        """[B, S, V] in the model's dtype. Computed when first asked for: training and decoding never hold it whole;
-        for some positions take `model.lm_head(output.hidden[...])`."""
+        """[B, S, V] of `hidden`, in the model's dtype. Computed when first asked for: training and decoding never hold
+        it whole; for some positions take `model.lm_head(output.hidden[...])`."""
         return self.head(self.hidden)
 
 
@@ -168,6 +169,7 @@ class FrozenGPTJ(nn.Module):
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         cache: KVCache | None = None,
+        logits_to_keep: int = 0,
     ) -> GPTJOutput:
         """Hidden states, loss and, on demand, logits of B sequences.
 
@@ -181,6 +183,9 @@ class FrozenGPTJ(nn.Module):
             labels: [B, S] integers, shifted inside: token s is held against labels[:, s + 1]; -100 is ignored, as are
                 the predictions of masked tokens.
             cache: of `new_cache`: what it holds comes before these tokens, which are added to it. Without gradients.
+            logits_to_keep: hidden states and logits of so many last tokens alone, 0 for all of them. The last block
+                then computes nothing but keys and values of the others (that no label follows): 1 / n_layer of a
+                prefill, nearly.
 
         Returns: GPTJOutput with loss, logits (computed when read), hidden and cache.
         Raises: ValueError or TypeError for arguments that break this; a sequence longer than n_positions.
@@ -208,19 +213,32 @@ class FrozenGPTJ(nn.Module):
         if labels is not None:
             checks.beside(_OP, "labels", labels, shape, self.wte)
             checks.vocabulary_labels(_OP, labels, IGNORE_INDEX, self.config.vocab_size)
+            labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        if logits_to_keep != 0:
+            checks.size(_OP, "logits_to_keep", logits_to_keep)
+        first = max(length - logits_to_keep, 0) if logits_to_keep else 0
 
         def packed(x: Tensor) -> Tensor:
             return x.flatten(0, 1) if kept is None else x[kept]
 
-        hidden = self.hidden_states(packed(x), lengths, None if positions is None else packed(positions), cache)
+        rows = None
+        if first:
+            shown = torch.arange(length, device=self.device).expand(shape) >= first
+            wanted = packed(shown if labels is None else shown | (labels != IGNORE_INDEX))
+            rows = wanted.nonzero().flatten()
+        hidden = self.hidden_states(
+            packed(x), lengths, None if positions is None else packed(positions), cache, rows=rows
+        )
         loss = None
         if labels is not None:
-            following = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-            loss = self.loss(hidden, packed(following))
+            loss = self.loss(hidden, packed(labels) if rows is None else packed(labels)[rows])
+        if rows is not None:
+            hidden = hidden[packed(shown)[rows]]
         if kept is None:
-            hidden = hidden.view(*shape, -1)
+            hidden = hidden.view(batch, length - first, -1)
         else:
-            hidden = hidden.new_zeros(*shape, hidden.shape[-1]).masked_scatter(kept[..., None], hidden)
+            kept = kept[:, first:]
+            hidden = hidden.new_zeros(*kept.shape, hidden.shape[-1]).masked_scatter(kept[..., None], hidden)
         return GPTJOutput(hidden, loss, cache, self.lm_head)
 
     def _kept(self, attention_mask: Tensor | None, shape: torch.Size) -> Tensor | None:
@@ -232,14 +250,17 @@ class FrozenGPTJ(nn.Module):
         return None if kept.all() else kept
 
     def hidden_states(
-        self, x: Tensor, lengths: Sequence[int], positions: Tensor | None = None, cache: KVCache | None = None
-    ) -> Tensor:
+        self, x: Tensor, lengths: Sequence[int], positions: Tensor | None = None, cache: KVCache | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """The packed core of `forward`: [T, E], after the last LayerNorm.
 
         Args:
             x: [T, E] in the model's dtype, T = sum(lengths): the tokens of B sequences, one after another.
             lengths: tokens of each sequence. positions: [T] integers, by default where each sequence stopped.
             cache: as in `forward`.
+            rows: [R] integers, the tokens whose states are asked for, [R, E]; by default all. Behind its attention the
+                last block computes no others.
         """
         config, starts = self.config, [0] * len(lengths) if cache is None else cache.positions
         if positions is None:
@@ -252,18 +273,22 @@ class FrozenGPTJ(nn.Module):
         if cache is None:
             if positions is None:
                 positions = torch.cat([torch.arange(n, device=self.device) for n in lengths])
-            return self._blocks(x, differentiable_attention(config, lengths, rotations(config, positions)))
+            return self._blocks(x, differentiable_attention(config, lengths, rotations(config, positions)), rows)
         with cache.step(lengths, None if positions is None else positions.tolist()) as batch:
-            return self._blocks(x, cached_attention(config, cache, batch))
+            return self._blocks(x, cached_attention(config, cache, batch), rows)
 
-    def _blocks(self, x: Tensor, attend: Callable[[Tensor, int], Tensor]) -> Tensor:
-        again = self.gradient_checkpointing and torch.is_grad_enabled()
+    def fill(self, cache: KVCache, x: Tensor, lengths: Sequence[int]) -> None:
+        """Adds keys and values of tokens x [T, E], T = sum(lengths), to the cache; arguments of `hidden_states`."""
+        self.hidden_states(x, lengths, cache=cache, rows=torch.empty(0, dtype=torch.int64, device=self.device))
+
+    def _blocks(self, x: Tensor, attend: Callable[[Tensor, int], Tensor], rows: Tensor | None) -> Tensor:
+        again, last = self.gradient_checkpointing and torch.is_grad_enabled(), len(self.h) - 1
         for index, block in enumerate(self.h):
-            attend_here = partial(attend, layer=index)
+            given = x, partial(attend, layer=index), rows if index == last else None
             if again and x.requires_grad:
-                x = checkpoint(block, x, attend_here, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, attend_here)
+                x = block(*given)
         return self.ln_f(x)
 
     def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:

@@ -133,10 +133,11 @@ class LimberModel(nn.Module):
         texts = [[*(self._tokens(c) if isinstance(c, str) else list(c))[:room], *end] for c in captions]
         ids = [self.token_ids([IMAGE, opening, text], features.shape[1]) for text in texts]
         x = self._embed(features, torch.cat(ids), self.dropout if self.training else 0.0, seed)
-        hidden = self.language_model.hidden_states(x, [len(row) for row in ids])
         silent = ids[0].new_full((unlabelled - 1,), IGNORE_INDEX)
         labels = torch.cat([F.pad(torch.cat([silent, row[unlabelled:]]), (0, 1), value=IGNORE_INDEX) for row in ids])
-        return self.language_model.loss(hidden, labels), int((labels != IGNORE_INDEX).sum())
+        rows = (labels != IGNORE_INDEX).nonzero().flatten()
+        hidden = self.language_model.hidden_states(x, [len(row) for row in ids], rows=rows)
+        return self.language_model.loss(hidden, labels[rows]), len(rows)
 
     def _embed(self, features: Tensor, ids: Tensor, dropout: float = 0.0, seed: int | None = None) -> Tensor:
         """[T] ids and the pictures' features to [T, E], in one launch."""
