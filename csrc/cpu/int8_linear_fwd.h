@@ -67,6 +67,7 @@ class Int8LinearForward {
                            : s < shares                     ? Ahead::next_block
                                                             : Ahead::none;
         int32_t* to = sums + (whole_ && step == count ? 0 : strip.row * BLOCK);  // one tile in L1 where that is enough
+        if (done) epilogue.expect(strip);
         int8_product(rows_, strip, rows_.panel(rows, strip, k, count) + i * strip.rows, B + i * BLOCK, part, to,
                      k + i > 0, kind, near ? B + i * BLOCK + NEAR : next + i * BLOCK + s * share, share);
         if (done) epilogue.finish(strip, to);

@@ -46,6 +46,19 @@ class Int8Epilogue {
       for (int c = 0; c < BLOCK; c++) *to++ = element(k, c);
   }
 
+  // Before the last product of a strip: the residual's lines, one of each row, arrive while it runs. Without, 512 rows
+  // by 12288 x 4096 took 30.9 instead of 26.0 ms.
+  void expect(const Int8Rows::Strip& strip) const {
+    if (!o.residual) return;
+    const int64_t size = size_of(o.dtype), bytes = left_ * size;
+    const char* line = (const char*)o.residual + (strip.token * o.residual_stride + column_) * size;
+    for (int t = 0; t < strip.tokens; t++, line += o.residual_stride * size) {
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i);
+      __builtin_prefetch(line + bytes - 1);
+    }
+    asm volatile("" ::: "memory");  // GCC drops calls that only prefetch
+  }
+
   void finish(const Int8Rows::Strip& strip, const int32_t* sums) const {
     rows.digits == 2 ? finish_rows<2>(strip, sums) : finish_rows<1>(strip, sums);
   }
