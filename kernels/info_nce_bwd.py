@@ -124,7 +124,7 @@ def info_nce_ds_kernel(
                         exponent = tl.load(col_state + columns, mask=col_live, other=0.0)
                         weight = weights_of(col_state, M, columns, col_live, b, exponent)
                         e = tl.exp2(exponents(acc, factor, factor_low, exponent[None, :], WIDE))
-                        tile_g += e * weight[None, :]
+                        tile_g = tl.fma(e, weight[None, :], tile_g)  # as a product and a sum they spill with labels
                 else:
                     shift = tl.floor(0.5 * (low + high))
                     weight = weights_of(row_state, N, rows, row_live, a, shift)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gpu.launching import ENGINES, on, on_engines, running, send_to_triton
 from limber_fast import info_nce
-from limber_fast.kernels import info_nce_launch
+from limber_fast.kernels import info_nce_bwd_launch, info_nce_launch
 from limber_fast.kernels.info_nce_launch import tma_can_read
 from limber_fast.reference.info_nce import info_nce as reference
 
@@ -158,6 +158,28 @@ def test_rows_that_overlap_are_read_without_descriptors(engine):
         found = on(engine, info_nce)(image, same, scale)
     true, _ = reference(image.double(), same.double(), scale)
     torch.testing.assert_close(found.double(), true, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("tiles", [(128, 1), (128, 2), (128, 3), (256, 2)], ids=str)
+@pytest.mark.parametrize("of", ["clip", "fp32", "extra", "siglip"])
+def test_gradients_of_any_macro_tiles(monkeypatch, poisoned, tiles, of):
+    """One or several side by side, cut off at the ends: sums over them are taken in one order."""
+    call = {
+        "clip": Call(shape=(330, 330, 40)),
+        "fp32": Call(shape=(330, 330, 40), dtype=torch.float32),
+        "extra": Call(shape=(300, 700, 40), options={"labels": cases.labels(300, 700), "symmetric": False}, extra=150),
+        "siglip": Call(shape=(300, 700, 40), options={"variant": "sigmoid", "labels": cases.labels(300, 700)}),
+    }[of]
+    send_to_triton(monkeypatch, "info_nce", "interpreted")
+    monkeypatch.setattr(info_nce_bwd_launch, "macro_tiles", lambda *_: tiles)
+    with running("interpreted"):
+        found = _gradients(info_nce, call)
+    true, eager = _gradients(reference, call, torch.float64), _gradients(_dense, call)
+    for name in ("image", "text", *(["extra_negatives"] if call.extra else [])):
+        for error, of_eager in zip(
+            cases.errors(found[name], true[name]), cases.errors(eager[name], true[name]), strict=True
+        ):
+            assert error <= 2 * of_eager + cases.FLOOR[call.dtype], (name, error, of_eager)
 
 
 @on_engines("frozen", ("image", "text"), kept=("text",))

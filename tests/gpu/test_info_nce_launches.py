@@ -7,7 +7,7 @@ import torch
 
 from limber_fast.backends.triton import device
 from limber_fast.kernels import info_nce_cases
-from limber_fast.kernels.info_nce_bwd_launch import WORKSPACE, macro_side
+from limber_fast.kernels.info_nce_bwd_launch import WORKSPACE, macro_tiles
 from limber_fast.kernels.info_nce_configs import Tiles
 from limber_fast.kernels.info_nce_launch import PROGRAMS, STRIPS, strips_and_bands
 
@@ -30,13 +30,16 @@ def test_the_work_of_a_step_is_eight_products():
 @pytest.mark.parametrize("d", [512, 768, 1024])
 @pytest.mark.parametrize(("n", "m"), [(130, 130), (3000, 100_000), (32768, 32768)])
 def test_macro_tiles_fit_and_fill_the_chip(n, m, d):
-    """G and the block of d_image's accumulator within the workspace; at most 5% of the products' last wave idle."""
+    """G and the block of d_image's accumulator within the workspace; at most 5% of the last waves idle, of dS's and of
+    the products'."""
     tiles, sms = Tiles(128, 256, 64, 8, 4), 132
-    side = macro_side(n, m, d, 2, 4, 128, tiles, sms)
-    assert side % 128 == 0 and side * (2 * side + 4 * d) <= WORKSPACE
+    side, count = macro_tiles(n, m, d, 2, 4, 128, tiles, sms)
+    assert side % 128 == 0 and side * (2 * side * count + 4 * d) <= WORKSPACE
+    assert count == 1 or (count - 1) * side < m
     if n == m == 32768:
-        items = 2 * side // tiles.BLOCK_M * (d // tiles.BLOCK_N)
-        assert items / (-(-items // sms) * sms) > 0.95
+        blocks = (side // 128) ** 2 * count
+        for items in (blocks, 2 * side // tiles.BLOCK_M * (d // tiles.BLOCK_N)):
+            assert items / (-(-items // sms) * sms) > 0.95
 
 
 @pytest.mark.parametrize("rows", [1, 2, 37, 256, 2048])
