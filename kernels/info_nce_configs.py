@@ -102,6 +102,7 @@ _IEEE = Config(
     narrow=Tiles(64, 32, 16, 4, 2),
     tma=False,
 )
+_AMPERE_IEEE = replace(_IEEE, dual=Tiles(64, 64, 16, 4, 2))  # with eight warps 2 to 5 spill; on sm_90 with four
 # Tensor memory again: at the tiles above tf32 spills up to 318 registers, and dS of ragged fp32 rows 22.
 _TF32_BLACKWELL = Config(
     forward=Tiles(128, 64, 32, 8, 3),
@@ -121,7 +122,7 @@ def choose(capability: tuple[int, int], dtype: torch.dtype, precision: str, alig
     if dtype == torch.float32 and precision == "tf32":
         return _TF32_BLACKWELL if blackwell else _TF32 if aligned else _RAGGED_TF32
     if dtype == torch.float32:
-        return _RAGGED_IEEE_BLACKWELL if blackwell and not aligned else _IEEE
+        return _AMPERE_IEEE if capability[0] == 8 else _RAGGED_IEEE_BLACKWELL if blackwell and not aligned else _IEEE
     if not aligned:
         return _RAGGED_BLACKWELL_16 if blackwell else _RAGGED_16
     if blackwell:
