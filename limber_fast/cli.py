@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from limber_fast import __version__
-from limber_fast.evaluate_flags import add_tasks
+from limber_fast.evaluate_flags import add_tasks, whole
+from limber_fast.optional import how_to_install
 
 if TYPE_CHECKING:
     from limber_fast.console import Console
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.name is None or error.name.startswith("limber_fast"):
             raise
         extra = "demo" if args.command == "reproduce" else args.command
-        console.error(f"{args.command} needs {error.name}: pip install 'limber_fast[{extra}]'")
+        console.error(f"{args.command} needs {error.name}: {how_to_install(error.name, extra)}")
         return FAILED
     except (BackendUnavailable, OSError) as error:
         console.error(str(error))
@@ -82,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
             "--steps", type=_positive(int), default=0, metavar="N",
             help="train an encoder for N steps, however long they take; what follows keeps to its share of --minutes",
         )  # fmt: skip
-        command.add_argument("--seed", type=int, default=0, help="seed of weights and batches (default: %(default)s)")
+        command.add_argument("--seed", type=whole, default=0, help="seed of weights and batches (default: %(default)s)")
         command.add_argument("--output", type=Path, default=Path(folder), metavar="DIR", help="default: %(default)s")
         command.add_argument("--resume", action="store_true", help="continue from what lies in the output folder")
         command.add_argument(

@@ -18,6 +18,7 @@ from limber_fast.evaluation.emoji import Evaluation, TestSet, evaluate
 from limber_fast.evaluation.emoji_limber import ASKED, Benchmark
 from limber_fast.models.clip import SmallClip, SmallClipConfig
 from limber_fast.models.tokenizer import WordTokenizer
+from limber_fast.optional import needed
 from limber_fast.report import demo_limber as limber_report
 from limber_fast.report.demo import (
     TIMING_HEADER,
@@ -64,6 +65,7 @@ def load_model(checkpoint: Path) -> tuple[SmallClip, WordTokenizer]:
 
 def main(args: argparse.Namespace, console: Console) -> int:
     """Run the demo; args: minutes, steps, seed, output, resume, full, threads, loss. Returns the exit code."""
+    needed("transformers", "demo")  # before the training, not behind it
     if args.threads:
         torch.set_num_threads(args.threads)
     folder, test_set, trainers = Path(args.output), TestSet.shipped(), []

@@ -11,7 +11,14 @@ from limber_fast.data.index import BrokenIndex
 from limber_fast.data.pictures import Broken, Skipped, open_image
 from limber_fast.data.questions import COCO_FILE, read_vqa
 from limber_fast.evaluation.clip_score import score_captions
-from limber_fast.evaluation.predictions import MODEL, Scored, read_predictions, score_caption_files, score_vqa_files
+from limber_fast.evaluation.predictions import (
+    CONTROLS,
+    MODEL,
+    Scored,
+    read_predictions,
+    score_caption_files,
+    score_vqa_files,
+)
 from limber_fast.optional import needed
 from limber_fast.report.evaluation import Shown, table_of, write_page, write_result
 
@@ -20,9 +27,10 @@ FAILED = 1
 
 def main(args: argparse.Namespace, console: Console) -> int | None:
     """Runs one task and returns the exit code."""
-    names = [MODEL, *(name for name, _ in getattr(args, "against", ()))]
-    if len(set(names)) < len(names):
-        console.error(f"--against needs names that differ from each other and from {MODEL!r}; got {names[1:]}")
+    taken, names = (MODEL, *CONTROLS.get(args.task, ())), [name for name, _ in getattr(args, "against", ())]
+    if len({*taken, *names}) < len(taken) + len(names):
+        own = ", ".join(map(repr, taken))
+        console.error(f"--against needs names that differ from each other and from {own}; got {names}")
         return FAILED
     skipped = Skipped()
     try:
@@ -95,11 +103,11 @@ def _answers(args: argparse.Namespace, skipped: Skipped, console: Console) -> tu
 def _scorer(name: str):
     """CLIPScore and RefCLIPScore by an open_clip model, weights as open_clip names them or a file."""
     open_clip = needed("open_clip", "evaluate --clip")
+    from limber_fast.models.encoders import open_clip_model
 
     model_name, _, weights = name.partition(":")
-    model, _, preprocess = open_clip.create_model_and_transforms(model_name, pretrained=weights)
+    model, preprocess = open_clip_model(f"open_clip:{model_name}", model_name, weights)
     tokenize = open_clip.get_tokenizer(model_name)
-    model.eval()
 
     def score(records: Sequence[CaptionedImage], captions: list[str]) -> dict:
         images = (open_image(record.image) for record in records)

@@ -47,12 +47,22 @@ def add_tasks(evaluate: argparse.ArgumentParser) -> None:
         task.add_argument("--weights", default="", help="a pre-trained set's name, a file, or 'random'")
         task.add_argument("--images", required=True, metavar="DIR", help="test images, DIR/CLASS/...; or 'emoji'")
         task.add_argument("--names", metavar="JSON", help="an object from folders to what their classes are called")
-        task.add_argument("--batch-size", type=int, default=64, help="images at a time (default: %(default)s)")
+        task.add_argument("--batch-size", type=positive, default=64, help="images at a time (default: %(default)s)")
 
     for task in (caption, vqa, zero, probe):
         task.add_argument("--output", type=Path, default=Path("limber_fast_evaluation"), metavar="DIR")
-        task.add_argument("--examples", type=int, default=24, help="random images on the page (default: %(default)s)")
-        task.add_argument("--seed", type=int, default=0, help="of examples and intervals (default: %(default)s)")
+        task.add_argument("--examples", type=whole, default=24, help="random images on the page (default: %(default)s)")
+        task.add_argument("--seed", type=whole, default=0, help="of examples and intervals (default: %(default)s)")
+
+
+def whole(text: str, least: int = 0) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}; got {text}")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    return whole(text, 1)
 
 
 def _scorer(text: str) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, requires
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+_REQUIREMENT = re.compile(r"([\w.-]+).*extra == ['\"]([\w-]+)['\"].*")
 _DISTRIBUTIONS = {"open_clip": "open_clip_torch", "PIL": "pillow", "sklearn": "scikit-learn"}
 
 
@@ -26,6 +29,17 @@ def needed(module: str, what: str) -> Any:
             raise  # the package is there; something that it needs is not
         package = _DISTRIBUTIONS.get(top, top)
         raise ModuleNotFoundError(f"{what} needs {package}: pip install {package}", name=top) from error
+
+
+def how_to_install(module: str, extra: str) -> str:
+    """The command for a module that is missing: the extra that has it, else the package alone."""
+    package = _DISTRIBUTIONS.get(module, module)
+    try:
+        listed = [_REQUIREMENT.fullmatch(line) for line in requires("limber_fast") or ()]
+    except PackageNotFoundError:  # imported from a checkout
+        listed = []
+    inside = {found[2] for found in listed if found and found[1].lower().replace("_", "-") == package.replace("_", "-")}
+    return f"pip install 'limber_fast[{extra}]'" if extra in inside else f"pip install {package}"
 
 
 def _settle_kernels() -> None:

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from limber_fast import checks, files
 from limber_fast.console import Console
-from limber_fast.train_limber import pairs_of, processes, tensorboard
+from limber_fast.data.index import Index
+from limber_fast.optional import needed
+from limber_fast.train_limber import pairs_of, processes, tell_skipped, tensorboard
 from limber_fast.training.checkpoint import CLIP, CheckpointError, load_checkpoint
 from limber_fast.training.clip import ClipTrainer
 from limber_fast.training.clip_config import ClipTrainConfig
@@ -34,6 +36,8 @@ def main(args: argparse.Namespace, console: Console) -> int:
     """Run the command; args: a flag for each field of ClipTrainConfig, --config, --resume, --dry-run."""
     config = from_flags(ClipTrainConfig, args)
     folder = Path(config.output)
+    if config.tensorboard:
+        needed("tensorboard", "--tensorboard")
     with processes() as (rank, world):
         if rank:
             console.quiet = True
@@ -64,9 +68,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
                     log.add_scalar(name, value, step)
 
             done = trainer.run(folder, watch)
-        if trainer.skipped:  # of this process's share
-            first = next(iter(trainer.skipped.items()))
-            console.print(f"{len(trainer.skipped)} pictures could not be read, the first: {first[0]} ({first[1]})")
+        tell_skipped((f"{name}: {reason}" for name, reason in trainer.skipped.items()), folder, console)
         if not done:
             console.print(f"stopped at step {trainer.step}; {checkpoint} is whole: go on with --resume")
             return EXIT_CODE
@@ -90,6 +92,9 @@ def build(config: ClipTrainConfig) -> tuple[nn.Module, Callable[[Any], Tensor], 
     if name.endswith(".json"):
         if not Path(name).is_file():
             raise FileNotFoundError(f"{name}: no such file")
+        file = Index(name)
+        for part, kind in (("embed_dim", int), ("vision_cfg", dict), ("text_cfg", dict)):
+            file.field(file.content, part, kind)
         open_clip.add_model_config(Path(name))
         name = Path(name).stem
     if name not in open_clip.list_models():
@@ -102,7 +107,12 @@ def build(config: ClipTrainConfig) -> tuple[nn.Module, Callable[[Any], Tensor], 
     model, transform, _ = open_clip.create_model_and_transforms(name, output_dict=True, **bias)
     if config.grad_checkpointing:
         model.set_grad_checkpointing()
-    return model, transform, open_clip.get_tokenizer(name)
+    tokenizer = open_clip.get_tokenizer(name)
+    words = getattr(model, "token_embedding", None) or getattr(model.text, "token_embedding", None)
+    if words is not None and (token := int(tokenizer(["a picture"]).max())) >= words.num_embeddings:
+        raise checks.invalid("train-clip", "model", f"have words for its tokenizer's ids, as {token}",
+                             f"a vocab_size of {words.num_embeddings}")  # fmt: skip
+    return model, transform, tokenizer
 
 
 def save_weights(model: nn.Module, folder: Path) -> Path:

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from limber_fast import GPTJ, Limber, checks
+from limber_fast import GPTJ, Limber, checks, files
 from limber_fast.console import Console
 from limber_fast.data.captions import read_coco_captions, read_limber_folder
 from limber_fast.data.shard_index import ShardIndex
@@ -35,12 +35,15 @@ from limber_fast.training.limber_data import (
 )
 
 FAILED = 1
+_SENTENCE = "A picture of"
 
 
 def main(args: argparse.Namespace, console: Console) -> int:
     """Run the command; args: a flag for each field of LimberTrainConfig, --config, --resume, --dry-run."""
     config = from_flags(LimberTrainConfig, args)
     folder = Path(config.output)
+    if config.tensorboard:
+        needed("tensorboard", "--tensorboard")  # before the work, not behind it
     with processes() as (rank, world):
         if rank:
             console.quiet = True
@@ -50,7 +53,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
         if args.dry_run:
             return dry_run(limber, pairs, config, world, console)
         folder.mkdir(parents=True, exist_ok=True)
-        features = _features(limber, pairs, config, folder, rank, console)
+        features = _features(limber, pairs, config, folder, console)
         trainer = LimberTrainer(limber, pairs, config, features)
         checkpoint = folder / "checkpoint.pt"
         if args.resume and checkpoint.exists():
@@ -70,9 +73,8 @@ def main(args: argparse.Namespace, console: Console) -> int:
                         log.add_scalar(name, value, step)
 
             done = trainer.run(folder, watch)
-        if trainer.skipped and not rank:
-            first = next(iter(trainer.skipped.values()))
-            console.print(f"{len(trainer.skipped)} pictures could not be read, the first: {first}")
+        if features is None:
+            tell_skipped(trainer.skipped.values(), folder, console)
         if not done:
             console.print(f"stopped at step {trainer.step}; {checkpoint} is whole: go on with --resume")
             return EXIT_CODE
@@ -80,6 +82,19 @@ def main(args: argparse.Namespace, console: Console) -> int:
             limber.save_pretrained(folder / "map")
             console.print(f"{folder / 'map'}")
     return 0
+
+
+def tell_skipped(skipped: Iterable[str], folder: Path, console: Console) -> None:
+    """How many broken pictures all processes met; their names are in skipped.txt. Every process calls it."""
+    found = [list(skipped)]
+    if dist.is_initialized():
+        found *= dist.get_world_size()
+        dist.all_gather_object(found, found[0])
+    lines = sorted({line for share in found for line in share})
+    if lines and not (dist.is_initialized() and dist.get_rank()):
+        with files.replacing(path := folder / "skipped.txt") as temporary:
+            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        console.print(f"{len(lines)} pictures could not be read, the first: {lines[0]}; all of them: {path}")
 
 
 @contextlib.contextmanager
@@ -104,6 +119,10 @@ def build(config: LimberTrainConfig) -> Limber:
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     language_model = GPTJ.from_pretrained(config.language_model, device=device)
     tokenizer = transformers.AutoTokenizer.from_pretrained(config.tokenizer or config.language_model)
+    if not tokenizer(_SENTENCE, add_special_tokens=False).input_ids:  # made of nothing where a folder has no tokenizer
+        where = f"--tokenizer {config.tokenizer}" if config.tokenizer else f"--language-model {config.language_model}"
+        raise checks.invalid("train-limber", "tokenizer", "make tokens of text", f"none of {_SENTENCE!r}, from {where}",
+                             "name a folder that has one, as with --tokenizer EleutherAI/gpt-j-6b")  # fmt: skip
     weights = {"": True, "random": None}.get(config.encoder_weights, config.encoder_weights)
     encoder = make_encoder(config.encoder, weights=weights, seed=config.seed)
     given = language_model.config.adapter_width
@@ -128,7 +147,7 @@ def pairs_of(config: LimberTrainConfig) -> Pairs:
 
 
 def _features(
-    limber: Limber, pairs: Pairs, config: LimberTrainConfig, folder: Path, rank: int, console: Console
+    limber: Limber, pairs: Pairs, config: LimberTrainConfig, folder: Path, console: Console
 ) -> Features | None:
     """The cache; every process encodes its share."""
     if config.tuned or not config.cache_features:
@@ -136,9 +155,7 @@ def _features(
     key = features_key(limber, pairs)
     with console.progress("encoding", 1) as update:
         features = cached_features(limber, pairs, folder, key, lambda done, of: update(done / of))
-    if features.skipped and not rank:
-        (folder / "skipped.txt").write_text("\n".join(features.skipped) + "\n", encoding="utf-8")
-        console.print(f"{len(features.skipped)} pictures could not be read: {folder / 'skipped.txt'}")
+    tell_skipped(features.skipped, folder, console)
     return features
 
 
@@ -200,7 +217,6 @@ def activation_bytes(trainer: LimberTrainer) -> int:
 
 
 def tensorboard(folder: Path):
-    needed("tensorboard", "--tensorboard")
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder / "tensorboard"))

@@ -14,6 +14,7 @@ import types
 import pytest
 
 from limber_fast import cli, dispatch, native
+from limber_fast.optional import how_to_install
 
 COMMAND = (sys.executable, "-m", "limber_fast")
 NOT_PLAIN = re.compile("[\x1b\u2500-\u259f]")  # escape codes, box drawing, block elements
@@ -145,6 +146,26 @@ def test_missing_extra_names_its_install_command(monkeypatch, capsys):
     monkeypatch.setattr("limber_fast.demo", sys.modules["limber_fast.demo"], raising=False)
     assert cli.main(["demo"]) == 1
     assert capsys.readouterr().err == "limber-fast: demo needs open_clip: pip install 'limber_fast[demo]'\n"
+
+
+@pytest.mark.parametrize(
+    ("module", "extra", "command"),
+    [("sklearn", "demo", "pip install 'limber_fast[demo]'"), ("sklearn", "train-limber", "pip install scikit-learn"),
+     ("timm", "train-limber", "pip install 'limber_fast[train-limber]'"),
+     ("tensorboard", "demo", "pip install tensorboard"),
+     ("matplotlib", "evaluate", "pip install matplotlib"), ("PIL", "evaluate", "pip install 'limber_fast[evaluate]'")],
+)  # fmt: skip
+def test_the_install_command_brings_what_is_missing(module, extra, command):
+    assert how_to_install(module, extra) == command
+
+
+@pytest.mark.parametrize(
+    "arguments", [["demo", "--seed", "-1"], ["demo", "--seed", "x"], ["reproduce", "--miniature", "--seed=1.5"]]
+)
+def test_a_seed_is_a_whole_number(arguments, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    assert "argument --seed: must be a whole number of at least 0; got" in capsys.readouterr().err
 
 
 def test_expected_failure_is_one_line_and_exits_with_1():

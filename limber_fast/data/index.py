@@ -31,6 +31,8 @@ class Index:
         except UnicodeDecodeError as error:
             line = self.path.read_bytes()[: error.start].count(b"\n") + 1
             raise BrokenIndex(f"{self.path}, line {line}: not UTF-8: {error.reason}") from None
+        except RecursionError:
+            raise BrokenIndex(f"{self.path}, line 1: lists or objects within each other too often") from None
         except json.JSONDecodeError as error:
             raise BrokenIndex(f"{self.path}, line {error.lineno}: not JSON: {error.msg}") from None
         if not isinstance(self.content, kind):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from limber_fast import checks
 from limber_fast.data.captions import existing_folder
 from limber_fast.data.index import Index
 
@@ -41,6 +42,11 @@ def read_vqa(
         file_name: their name; `{subset}` is the questions' `data_subtype`, "val2014".
     Raises: BrokenIndex with file and line; OSError where a file or the folder is missing.
     """
+    try:
+        file_name.format(subset="", image_id=1)
+    except (LookupError, ValueError) as error:
+        contract = "be a pattern of {subset} and {image_id}, as " + COCO_FILE
+        raise checks.invalid("read_vqa", "file_name", contract, f"{file_name!r} ({error})") from None
     file, folder = Index(questions), existing_folder(images)
     subset = file.field(file.content, "data_subtype", str) if "{subset}" in file_name else ""
     answered = {} if annotations is None else _annotations(Index(annotations))

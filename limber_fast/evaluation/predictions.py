@@ -21,6 +21,10 @@ from limber_fast.evaluation.tokenize import ptb_tokenize
 from limber_fast.evaluation.vqa import truncate_answer, vqa_accuracy
 
 MODEL = "model"
+SHUFFLED, BEST_REFERENCE, MAJORITY, MAJORITY_BY_TYPE = (
+    "shuffled", "best reference", "majority", "majority by question type"
+)  # fmt: skip
+CONTROLS = {"caption": (SHUFFLED, BEST_REFERENCE), "vqa": (MAJORITY, MAJORITY_BY_TYPE)}  # rows of every evaluation
 Scores = dict[str, np.ndarray]
 
 
@@ -114,8 +118,8 @@ def score_caption_files(
         frequency = {ALL: DocumentFrequency.of(every, tokenize)}
     texts = {row: [captions[name] for name in ids] for row, captions in predictions.items()}
     if len(kept) > 1:
-        texts["shuffled"] = [predictions[MODEL][name] for name in shuffled_images(ids, seed)]
-    texts["best reference"] = _best_references(references, frequency[ALL], tokenize)
+        texts[SHUFFLED] = [predictions[MODEL][name] for name in shuffled_images(ids, seed)]
+    texts[BEST_REFERENCE] = _best_references(references, frequency[ALL], tokenize)
     groups = groups_of(domains)
     scores, within = {}, {}
     for row, captions in texts.items():
@@ -163,8 +167,8 @@ def score_vqa_files(questions: Sequence[Question], predictions: dict[str, dict],
     kinds = [question.question_type for question in kept]
     given = [answer for question in kept for answer in question.answers]
     kind_of_given = [question.question_type for question in kept for _ in question.answers]
-    texts["majority"] = [majority_answer(given)] * len(kept)
-    texts["majority by question type"] = majority_answers(kind_of_given, given, kinds)
+    texts[MAJORITY] = [majority_answer(given)] * len(kept)
+    texts[MAJORITY_BY_TYPE] = majority_answers(kind_of_given, given, kinds)
     scores = {
         row: {
             "VQA accuracy": vqa_accuracy(answers, annotators),

@@ -7,7 +7,8 @@ taken from. `encoder(name)` makes one by name.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,18 @@ def encoder(name: str, *, weights: str | os.PathLike[str] | bool | None = True, 
     return found
 
 
+@contextmanager
+def _downloading(name: str) -> Iterator[None]:
+    """The libraries have an error of their own for every way in which the hub cannot be reached."""
+    try:
+        yield
+    except Exception as error:
+        if "download" in str(error) or type(error).__module__.partition(".")[0] in ("huggingface_hub", "httpx"):
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise OSError(f"{_OP} {name}: its weights are not here and did not arrive: {reason}") from error
+        raise
+
+
 def _load(trunk: nn.Module, weights: Any) -> nn.Module:
     """Random weights for None, else those of a file."""
     if weights is not None:
@@ -128,7 +141,8 @@ def open_clip_model(name: str, model: str, weights: Any) -> tuple[nn.Module, Cal
         tags := open_clip.list_pretrained_tags_by_model(model)
     ):
         raise checks.invalid(_OP, "weights", f"be a file or one of {', '.join(tags)}", repr(weights))
-    found = open_clip.create_model(model, pretrained=None if weights is None else str(weights)).eval()
+    with _downloading(name):
+        found = open_clip.create_model(model, pretrained=None if weights is None else str(weights)).eval()
     config = open_clip.transform.PreprocessCfg(**found.visual.preprocess_cfg)
     return found, open_clip.transform.image_transform_v2(config, is_train=False)
 
@@ -168,12 +182,16 @@ def _timm(name: str, model: str, weights: Any) -> ImageEncoder:
 
 def _of_timm(timm: Any, model: str, weights: Any) -> nn.Module:
     if weights is True:
-        return timm.create_model(model, pretrained=True, num_classes=0)
+        with _downloading(f"timm:{model}"):
+            return timm.create_model(model, pretrained=True, num_classes=0)
     return _load(timm.create_model(model, num_classes=0), weights)
 
 
 def _timm_features(trunk: nn.Module, images: Tensor) -> Tensor:
     x = trunk.forward_features(images)
+    if not isinstance(x, Tensor):
+        raise checks.invalid(_OP, "name", "be a model with one map of features", f"{type(trunk).__name__}, which has "
+                             f"{len(x)}", "see timm.list_models()")  # fmt: skip
     if x.ndim == 3:
         return x[:, getattr(trunk, "num_prefix_tokens", 0) :]
     return (x if x.shape[1] == trunk.num_features else x.movedim(3, 1)).flatten(2).mT

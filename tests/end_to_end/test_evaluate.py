@@ -132,7 +132,8 @@ def test_clip_score_leaves_broken_images_out(coco, monkeypatch, capsys):
         rows = [list(text.encode())[16:27] for text in texts]
         return torch.tensor([[1, *row, *[0] * (11 - len(row))] for row in rows])
 
-    monkeypatch.setattr("open_clip.create_model_and_transforms", lambda name, pretrained: (model, None, preprocess))
+    model.eval()
+    monkeypatch.setattr("limber_fast.models.encoders.open_clip_model", lambda *names: (model, preprocess))
     monkeypatch.setattr("open_clip.get_tokenizer", lambda name: tokenize)
     code, result = evaluate(
         folder, "caption", folder / "model.json", "--references", folder / "references.json", "--clip", "tiny:weights"
@@ -150,6 +151,43 @@ def test_clip_score_leaves_broken_images_out(coco, monkeypatch, capsys):
     expected = 2.5 * (image * text).sum(1).clamp(min=0)
     assert [entry["model"]["CLIPScore"] for entry in result["entries"]] == pytest.approx(expected.tolist(), abs=1e-5)
     assert all(0 <= entry["model"]["RefCLIPScore"] <= 2 for entry in result["entries"])
+
+
+@pytest.mark.parametrize(
+    ("scorer", "message"),
+    [("ViT-B-99:openai", "name must be a model of open_clip.list_models(); got 'ViT-B-99'"),
+     ("ViT-B-32:nosuch", "weights must be a file or one of openai, ")],
+)  # fmt: skip
+def test_an_unknown_scorer_is_one_line(coco, capsys, scorer, message):
+    pytest.importorskip("open_clip")
+    folder = coco[0]
+    references = ("--references", folder / "references.json")
+    assert evaluate(folder, "caption", folder / "model.json", *references, "--clip", scorer) == (1, None)
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+def test_a_library_that_cannot_download_is_one_line(coco, capsys, monkeypatch):
+    open_clip = pytest.importorskip("open_clip")
+
+    def create_model(*args, **kwargs):
+        raise RuntimeError("Failed to download weights for tag 'openai': no network\nand more")
+
+    monkeypatch.setattr(open_clip, "create_model", create_model)
+    folder = coco[0]
+    arguments = (folder / "model.json", "--references", folder / "references.json", "--clip", "ViT-B-32:openai")
+    assert evaluate(folder, "caption", *arguments) == (1, None)
+    said = capsys.readouterr().err
+    assert "open_clip:ViT-B-32: its weights are not here and did not arrive: Failed to download" in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["shuffled", "best reference", "model"])
+def test_no_row_takes_a_control_s_name(coco, capsys, name):
+    folder = coco[0]
+    against = ("--references", folder / "references.json", "--against", f"{name}={folder / 'blind.json'}")
+    assert evaluate(folder, "caption", folder / "model.json", *against) == (1, None)
+    assert "from 'model', 'shuffled', 'best reference'; got" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -195,6 +233,12 @@ def test_vqa(vqa, capsys):
     capsys.readouterr()
     assert evaluate(folder, *arguments, "--against", f"model={folder / 'model.json'}")[0] == 1
     assert "--against needs names that differ" in capsys.readouterr().err
+    for pattern in ("{foo}.jpg", "{image_id:x", "{0}.jpg", "{image_id:q}"):
+        assert evaluate(folder, *arguments, "--file-name", pattern)[0] == 1
+        assert "file_name must be a pattern of {subset} and {image_id}, as COCO_" in capsys.readouterr().err
+    (folder / "model.json").write_text("[" * 100_000)
+    assert evaluate(folder, *arguments)[0] == 1
+    assert "model.json, line 1: " in capsys.readouterr().err
 
 
 def test_from_a_shell(coco):

@@ -69,6 +69,37 @@ def test_processes_share_the_encoding(config, tmp_path):
     torch.testing.assert_close(a, b, atol=0.02, rtol=0.02)
 
 
+def test_all_processes_tell_of_broken_pictures(config, tmp_path):
+    """Also without a cache, whichever process met them."""
+    config = dataclasses.replace(config, steps=6, cache_features=False, output=str(tmp_path / "out"))
+    ours = command(config, processes=2)
+    done = subprocess.run(ours, capture_output=True, text=True, timeout=600, env=ENVIRONMENT, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("pictures could not be read") == 1 and "9.jpg" in done.stdout
+    assert "9.jpg" in (tmp_path / "out" / "skipped.txt").read_text()
+
+
+def test_a_folder_without_a_tokenizer_is_refused(config, tmp_path):
+    """transformers makes a tokenizer of one word of it, and every caption would be empty."""
+    bare = tmp_path / "bare"
+    GPTJ.from_pretrained(config.language_model).save_pretrained(bare)
+    ours = command(dataclasses.replace(config, language_model=str(bare), tokenizer=""))
+    done = subprocess.run(ours, capture_output=True, text=True, timeout=600, env=ENVIRONMENT, cwd=tmp_path)
+    assert done.returncode == 1 and "tokenizer must make tokens of text; got none of 'A picture of'" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_tensorboard_has_every_column(config, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    ours = command(dataclasses.replace(config, steps=3), "--tensorboard")
+    done = subprocess.run(ours, capture_output=True, text=True, timeout=600, env=ENVIRONMENT, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    events = accumulator.EventAccumulator(str(tmp_path / "out" / "tensorboard"))
+    events.Reload()
+    assert {"loss", "learning_rate"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
+
+
 def test_command_survives_being_killed(config, tmp_path):
     config = dataclasses.replace(config, steps=400, save_every=3)
     process = subprocess.Popen(command(config), stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=tmp_path)

@@ -9,7 +9,8 @@ pytest.importorskip("transformers")
 
 from gptj_cases import D, features_of, limber_of, transformers_gptj
 
-from limber_fast import Limber
+from limber_fast import GPTJ, GPTJConfig, Limber
+from limber_fast.models.limber_model import IMAGE
 
 
 @pytest.fixture
@@ -65,6 +66,27 @@ def test_a_save_is_whole_or_did_not_happen(limber, tmp_path, monkeypatch):
     (folder / "limber.json").write_text(json.dumps(found | {"file": "../limber.safetensors"}))
     with pytest.raises(ValueError, match="file must be the name of a file in the same folder"):
         Limber.from_pretrained(folder, limber.language_model)
+
+
+@pytest.mark.parametrize(
+    ("name", "width"), [("clip_linear", 3072), ("beit_ft_linear", 1024), ("nfrn50_4096_linear", 2048)]
+)
+def test_released_projections_at_their_own_size(tmp_path, name, width):
+    """LiMBeR's folders and shapes: an encoder's width to GPT-J's 4096; the file may be in half precision."""
+    config = GPTJConfig(n_layer=1, n_embd=4096, n_head=16, n_inner=64, vocab_size=64, n_positions=256)
+    limber = Limber(None, GPTJ.from_config(config), width=width)
+    path = tmp_path / "limber_weights" / name / "proj.ckpt"
+    path.parent.mkdir(parents=True)
+    state = {"weight": torch.randn(4096, width).half(), "bias": torch.randn(4096).half()}
+    torch.save(state, path)
+    limber.load_projection(path)
+    assert torch.equal(limber.projection.weight, state["weight"].float())
+    assert torch.equal(limber.projection.bias, state["bias"].float())
+    features = torch.randn(2, {3072: 144, 1024: 196, 2048: 1}[width], width)
+    x, lengths = limber.inputs_embeds(features, [[IMAGE], [IMAGE, [5, 6]]])
+    expected = features.bfloat16() @ state["weight"].bfloat16().T + state["bias"].bfloat16()
+    assert lengths == [features.shape[1], features.shape[1] + 2] and x.shape == (sum(lengths), 4096)
+    torch.testing.assert_close(x[: lengths[0]].float(), expected[0].float(), rtol=0.02, atol=1.0)
 
 
 def test_released_projection(limber, tmp_path):
