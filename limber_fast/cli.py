@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from limber_fast import __version__
-from limber_fast.evaluate_flags import add_tasks, whole
-from limber_fast.optional import how_to_install
+from limber_fast.evaluate_flags import add_predictions, add_tasks, whole
+from limber_fast.optional import how_to_install, needed
 
 if TYPE_CHECKING:
     from limber_fast.console import Console
@@ -113,6 +113,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="score captions, answers, or an image model, and write a page")
     add_tasks(evaluate)
+    predict = commands.add_parser("predict", help="write what a Limber says of images, for `evaluate`; and controls")
+    add_predictions(predict)
 
     limber = commands.add_parser("train-limber", help="train LiMBeR's linear map between an encoder and an int8 GPT-J")
     limber.add_argument("--resume", action="store_true", help="continue from the checkpoint in the output folder")
@@ -130,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--threads", type=_positive(int), help="CPU threads (default: torch's choice)")
     trained = ((limber, _train_limber), (clip, _train_clip))
     shown = ((demo, _demo), (reproduce, _demo))
-    for command, run in (*trained, *shown, (env, _env), (bench, _bench), (evaluate, _evaluate)):
+    for command, run in (*trained, *shown, (env, _env), (bench, _bench), (evaluate, _evaluate), (predict, _predict)):
         command.set_defaults(run=run)
         # Accepted after the command too; without a default of its own, which would undo the flag before it.
         command.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS, help="the same")
@@ -216,6 +218,13 @@ def _evaluate(args: argparse.Namespace, console: Console) -> int | None:
     from limber_fast import evaluate
 
     return evaluate.main(args, console)
+
+
+def _predict(args: argparse.Namespace, console: Console) -> int | None:
+    needed("transformers", "predict")
+    from limber_fast import predict
+
+    return predict.main(args, console)
 
 
 def _positive(kind: type) -> Callable[[str], float]:

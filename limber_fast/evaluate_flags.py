@@ -1,4 +1,4 @@
-"""The flags of `limber-fast evaluate`. Imports nothing heavy."""
+"""The flags of `limber-fast evaluate` and `predict`. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -53,6 +53,41 @@ def add_tasks(evaluate: argparse.ArgumentParser) -> None:
         task.add_argument("--output", type=Path, default=Path("limber_fast_evaluation"), metavar="DIR")
         task.add_argument("--examples", type=whole, default=24, help="random images on the page (default: %(default)s)")
         task.add_argument("--seed", type=whole, default=0, help="of examples and intervals (default: %(default)s)")
+
+
+def add_predictions(predict: argparse.ArgumentParser) -> None:
+    """caption and vqa."""
+    tasks = predict.add_subparsers(title="tasks", dest="task", metavar="TASK", required=True)
+    caption = tasks.add_parser("caption", help="captions of images that COCO or NoCaps files name")
+    caption.add_argument("--references", type=Path, required=True, metavar="JSON", help="COCO or NoCaps captions file")
+    caption.add_argument("--nocaps", action="store_true", help="the references have domains")
+    caption.add_argument("--prompt", default="A picture of", help="before each caption (default: %(default)r)")
+    vqa = tasks.add_parser("vqa", help="answers to VQAv2's questions")
+    vqa.add_argument("--questions", type=Path, required=True, metavar="JSON", help="VQAv2 questions file")
+    vqa.add_argument("--file-name", metavar="PATTERN", help="of images, default COCO_{subset}_{image_id:012d}.jpg")
+    vqa.add_argument("--shots", type=whole, default=0, metavar="N", help="random answered questions before each (0)")
+    vqa.add_argument("--shot-questions", type=Path, metavar="JSON", help="where shots are drawn from")
+    vqa.add_argument("--shot-annotations", type=Path, metavar="JSON", help="their annotations")
+    vqa.add_argument("--shot-images", type=Path, metavar="DIR", help="folder of their images")
+    for task, longest in ((caption, 100), (vqa, 10)):
+        task.add_argument(
+            "--limber", type=Path, required=True, metavar="MAP",
+            help="what `train-limber` saved, or LiMBeR's proj.ckpt (with --encoder)",
+        )  # fmt: skip
+        task.add_argument("--language-model", required=True, metavar="DIR", help="a GPT-J in int8 or Hugging Face's")
+        task.add_argument("--tokenizer", default="", help="by default the language model's")
+        task.add_argument("--compute", choices=("w8a16", "w8a8"), help="of the language model; by default as saved")
+        task.add_argument("--encoder", default="", metavar="NAME", help="as train-limber's; by default the saved one")
+        task.add_argument("--encoder-weights", default="", help="as train-limber's")
+        task.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of the image files")
+        task.add_argument("--output", type=Path, required=True, metavar="JSON", help="predictions, for `evaluate`")
+        task.add_argument(
+            "--control", choices=("blind", "shuffled"), help="black images, or each question another one's image"
+        )
+        task.add_argument("--decoding", choices=("greedy", "limber"), default="greedy", help="(default: %(default)s)")
+        task.add_argument("--max-new-tokens", type=positive, default=longest, metavar="N", help="(%(default)s)")
+        task.add_argument("--batch-size", type=positive, default=32, help="images at a time (default: %(default)s)")
+        task.add_argument("--seed", type=whole, default=0, help="of shots, sampling, shuffling, random weights (0)")
 
 
 def whole(text: str, least: int = 0) -> int:

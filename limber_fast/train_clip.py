@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import math
 import os
@@ -127,13 +128,21 @@ def dry_run(trainer: ClipTrainer, world: int, console: Console) -> int:
     """Shapes, memory, and an estimate of time from steps that are then forgotten; nothing is written."""
     config, batches, seconds = trainer.config, trainer.batches(), []
     trainer.model.train()
-    shapes = ()
+    shapes, kept = (), {}  # bytes of what a step keeps for its backward pass, by where they lie
+    weights = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
+
+    def pack(x: Tensor) -> Tensor:
+        if (at := (storage := x.untyped_storage()).data_ptr()) not in weights:
+            kept[at] = storage.nbytes()
+        return x
+
     for _ in range(min(_DRY_STEPS, config.steps)):
         started = time.perf_counter()
         batch, broken = next(batches)
         if batch is None:
             raise checks.invalid("train-clip", "data", "have a readable picture", f"{broken[0].name}: broken")
-        trainer.train_step(batch)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x) if not kept else contextlib.nullcontext():
+            trainer.train_step(batch)
         seconds.append(time.perf_counter() - started)
         shapes = tuple(tuple(x.shape) for x in batch[:2])
     with torch.no_grad():
@@ -144,6 +153,7 @@ def dry_run(trainer: ClipTrainer, world: int, console: Console) -> int:
         ("images, tokens of a process", f"{shapes[0]}, {shapes[1]}"),
         ("features, logits never held", f"{config.batch_size} x {width}, {config.batch_size} x {config.batch_size}"),
         ("weights, gradients, AdamW", f"{16 * parameters / 2**20:.0f} MiB a process"),
+        ("activations", f"{sum(kept.values()) / 2**20:.1f} MiB a process"),
         ("gathered features", f"{8 * config.batch_size * width / 2**20 if world > 1 else 0:.1f} MiB a process"),
         ("a step", f"{step:.2f} s"),
         (f"{config.steps} steps", f"{config.steps * step / 3600:.2f} h"),

@@ -19,6 +19,7 @@ from limber_fast.console import Console
 from limber_fast.data.captions import read_coco_captions, read_limber_folder
 from limber_fast.data.shard_index import ShardIndex
 from limber_fast.models.encoders import encoder as make_encoder
+from limber_fast.models.tokenizer import pretrained_tokenizer
 from limber_fast.optional import needed
 from limber_fast.training.checkpoint import LIMBER, CheckpointError, load_checkpoint
 from limber_fast.training.interrupt import EXIT_CODE
@@ -35,7 +36,6 @@ from limber_fast.training.limber_data import (
 )
 
 FAILED = 1
-_SENTENCE = "A picture of"
 
 
 def main(args: argparse.Namespace, console: Console) -> int:
@@ -115,14 +115,9 @@ def processes() -> Iterator[tuple[int, int]]:
 
 def build(config: LimberTrainConfig) -> Limber:
     """Encoder, language model, tokenizer, and a map whose first weights come from the seed."""
-    transformers = needed("transformers", "train-limber")
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     language_model = GPTJ.from_pretrained(config.language_model, device=device)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(config.tokenizer or config.language_model)
-    if not tokenizer(_SENTENCE, add_special_tokens=False).input_ids:  # made of nothing where a folder has no tokenizer
-        where = f"--tokenizer {config.tokenizer}" if config.tokenizer else f"--language-model {config.language_model}"
-        raise checks.invalid("train-limber", "tokenizer", "make tokens of text", f"none of {_SENTENCE!r}, from {where}",
-                             "name a folder that has one, as with --tokenizer EleutherAI/gpt-j-6b")  # fmt: skip
+    tokenizer = pretrained_tokenizer("train-limber", config.tokenizer or config.language_model)
     weights = {"": True, "random": None}.get(config.encoder_weights, config.encoder_weights)
     encoder = make_encoder(config.encoder, weights=weights, seed=config.seed)
     given = language_model.config.adapter_width

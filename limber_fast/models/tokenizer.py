@@ -1,4 +1,4 @@
-"""A word tokenizer for short names: the vocabulary is the words of the training captions."""
+"""A word tokenizer for short names: the vocabulary is the words of the training captions. And language models' own."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from limber_fast import checks
+from limber_fast.optional import needed
 
 _WORD = re.compile(r"[a-z0-9]+|[#*!?&+]")
 PAD, UNKNOWN, FIRST_WORD = 0, 1, 2
@@ -18,6 +22,16 @@ def split_words(text: str) -> list[str]:
     """Lower-case words without accents: 'Piñata: São Tomé' -> ['pinata', 'sao', 'tome']."""
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode() if not text.isascii() else text
     return _WORD.findall(plain.lower().replace("'", ""))
+
+
+def pretrained_tokenizer(op: str, source: str) -> Any:
+    """transformers' tokenizer of a folder or a name of the hub."""
+    text = "A picture of"
+    found = needed("transformers", op).AutoTokenizer.from_pretrained(source)
+    if not found(text, add_special_tokens=False).input_ids:  # made of nothing where a folder has no tokenizer
+        remedy = "name one that does by --tokenizer, as EleutherAI/gpt-j-6b"
+        raise checks.invalid(op, "tokenizer", "make tokens of text", f"none of {text!r}, from {source}", remedy)
+    return found
 
 
 class WordTokenizer:

@@ -166,6 +166,7 @@ def test_dry_run_writes_nothing(tiny, tmp_path, capsys):
     assert cli.main(["train-clip", *arguments, "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert "(6, 3, 32, 32), (6, 12)" in shown and "20 steps" in shown and "MiB" in shown
+    assert float(shown.partition("activations")[2].split()[0]) > 0
     assert not (tmp_path / "out").exists()
 
 

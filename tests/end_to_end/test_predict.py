@@ -1,0 +1,119 @@
+"""`limber-fast predict`: what it writes is what `Limber` says, and what `evaluate` reads."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("timm")
+Image = pytest.importorskip("PIL.Image")
+
+from gptj_cases import byte_tokenizer  # noqa: E402
+
+from limber_fast import GPTJ, GPTJConfig, Limber, cli  # noqa: E402
+from limber_fast.models.encoders import encoder  # noqa: E402
+
+COLOURS = ("red", "lime", "blue", "cyan", "gray")
+
+
+@pytest.fixture
+def world(tmp_path):
+    """(Limber, pictures, flags): five pictures, the last one broken, with captions and two questions each."""
+    lm, pictures = tmp_path / "lm", []
+    config = GPTJConfig(vocab_size=300, n_positions=256, n_embd=64, n_layer=2, n_head=4, rotary_dim=8, eos_token_id=0,
+                        initializer_range=0.15)  # fmt: skip
+    GPTJ.from_config(config, seed=1).save_pretrained(lm)
+    byte_tokenizer().save_pretrained(lm)
+    for i, colour in enumerate(COLOURS):
+        pictures.append(Image.new("RGB", (40, 40), colour))
+        pictures[-1].save(tmp_path / f"COCO_val2014_{i:012d}.jpg", quality=95)
+        pictures[-1] = Image.open(tmp_path / f"COCO_val2014_{i:012d}.jpg").convert("RGB")
+    (tmp_path / "COCO_val2014_000000000004.jpg").write_bytes(b"no picture")
+    images = [{"id": i, "file_name": f"COCO_val2014_{i:012d}.jpg"} for i in range(5)]
+    captions = [{"image_id": i, "caption": f"all {colour}"} for i, colour in enumerate(COLOURS)]
+    write(tmp_path / "references.json", {"images": images, "annotations": captions})
+    asked = [{"question_id": 10 * i + j, "image_id": i, "question": q} for i in range(5)
+             for j, q in enumerate(("what?", "why not?"))]  # fmt: skip
+    write(tmp_path / "questions.json", {"data_subtype": "val2014", "questions": asked})
+    answers = [{"answer": "yes"}, {"answer": "no"}, {"answer": "yes"}]
+    write(tmp_path / "annotations.json", {"annotations": [
+        {**{k: x[k] for k in ("question_id", "image_id")}, "question_type": "what", "answer_type": "other",
+         "answers": answers} for x in asked]})  # fmt: skip
+    torch.manual_seed(3)
+    limber = Limber(encoder("timm:test_resnet", weights=False, seed=2), GPTJ.from_pretrained(lm), byte_tokenizer())
+    limber.projection.weight.data.mul_(30)  # so that a picture changes what is said
+    limber.eval().save_pretrained(tmp_path / "map")
+    flags = ("--limber", tmp_path / "map", "--language-model", lm, "--images", tmp_path, "--max-new-tokens", 8,
+             "--batch-size", 3, "--output", tmp_path / "said.json")  # fmt: skip
+    return limber, pictures[:4], flags
+
+
+def write(path, content):
+    path.write_text(json.dumps(content))
+
+
+def predict(folder, *arguments):
+    code = cli.main(["predict", *map(str, arguments)])
+    return code, json.loads((folder / "said.json").read_text()) if (folder / "said.json").exists() else None
+
+
+def test_captions_and_their_controls(world, tmp_path, capsys):
+    limber, pictures, flags = world
+    references = ("--references", tmp_path / "references.json")
+    code, said = predict(tmp_path, "caption", *references, *flags)
+    expected = limber.caption(pictures, max_new_tokens=8)
+    assert code == 0 and said == [{"image_id": i, "caption": text} for i, text in enumerate(expected)]
+    assert len(set(expected)) > 1
+    assert "1 broken image skipped" in (out := capsys.readouterr().out) and "4 of 5" in out
+    evaluated = ("--images", str(tmp_path), "--subset", "--output", str(tmp_path / "out"))
+    assert cli.main(["evaluate", "caption", str(tmp_path / "said.json"), *map(str, references), *evaluated]) == 0
+    _, blind = predict(tmp_path, "caption", *references, *flags, "--control", "blind")
+    black = limber.caption([Image.new("RGB", (40, 40))], max_new_tokens=8)[0]
+    assert [x["caption"] for x in blind] == [black] * 4
+    _, shuffled = predict(tmp_path, "caption", *references, *flags, "--control", "shuffled", "--seed", 1)
+    by_id = {x["image_id"]: x["caption"] for x in shuffled}
+    assert set(by_id.values()) <= set(expected) and len(by_id) == 4  # the broken one went to somebody
+    assert any(by_id[i] != text for i, text in enumerate(expected) if i in by_id)
+
+
+def test_answers_behind_shots(world, tmp_path):
+    limber, pictures, flags = world
+    questions = ("--questions", tmp_path / "questions.json")
+    code, said = predict(tmp_path, "vqa", *questions, *flags)
+    expected = [limber.answer([x], [q], max_new_tokens=8)[0] for x in pictures for q in ("what?", "why not?")]
+    assert code == 0 and [x["answer"] for x in said] == expected
+    assert [x["question_id"] for x in said] == [10 * i + j for i in range(4) for j in range(2)]
+    shots = ("--shots", 2, "--shot-questions", tmp_path / "questions.json", "--shot-annotations",
+             tmp_path / "annotations.json", "--shot-images", tmp_path)  # fmt: skip
+    code, shown = predict(tmp_path, "vqa", *questions, *flags, *shots)
+    assert code == 0 and len(shown) == 8 and [x["answer"] for x in shown] != expected
+    assert cli.main(["evaluate", "vqa", str(tmp_path / "said.json"), "--questions", str(tmp_path / "questions.json"),
+                     "--annotations", str(tmp_path / "annotations.json"), "--images", str(tmp_path), "--subset",
+                     "--output", str(tmp_path / "out")]) == 0  # fmt: skip
+
+
+def test_a_released_map_needs_its_encoder(world, tmp_path, capsys):
+    limber, pictures, flags = world
+    path = tmp_path / "proj.ckpt"
+    torch.save({"weight": limber.projection.weight.data, "bias": limber.projection.bias.data}, path)
+    flags = ("caption", "--references", tmp_path / "references.json", *flags, "--limber", path)
+    assert predict(tmp_path, *flags) == (1, None)
+    assert "--encoder must be given with a file of P and b alone" in capsys.readouterr().err
+    code, said = predict(tmp_path, *flags, "--encoder", "timm:test_resnet", "--encoder-weights", "random", "--seed", 2)
+    assert code == 0 and [x["caption"] for x in said] == limber.caption(pictures, max_new_tokens=8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(("--shots", 2), "--shots must come with --shot-questions"),
+     (("--file-name", "{x}"), "file_name must be a pattern"),
+     (("--language-model", "nowhere"), "nowhere"), (("--questions", "nothing.json"), "nothing.json")],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_writes_nothing(world, tmp_path, capsys, change, message):
+    _, _, flags = world
+    assert predict(tmp_path, "vqa", "--questions", tmp_path / "questions.json", *flags, *change) == (1, None)
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
