@@ -1,4 +1,5 @@
-"""Command line: `limber-fast demo | reproduce | train-clip | train-limber | env | bench | evaluate`.
+"""Command line: `limber-fast demo | reproduce | train-clip | train-limber | env | bench | predict |
+evaluate`.
 
 Parsing imports nothing heavy; each command imports its own needs.
 

@@ -91,8 +91,8 @@ def add_predictions(predict: argparse.ArgumentParser) -> None:
 
 
 def whole(text: str, least: int = 0) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}; got {text}")
+    if not text.isdecimal() or not least <= int(text) < 1 << 62:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, below 2^62; got {text}")
     return int(text)
 
 

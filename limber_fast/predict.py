@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -16,22 +17,35 @@ from limber_fast.console import Console
 from limber_fast.data.captions import read_coco_captions, read_nocaps
 from limber_fast.data.index import BrokenIndex
 from limber_fast.data.pictures import Skipped
-from limber_fast.data.questions import COCO_FILE, read_vqa
+from limber_fast.data.questions import COCO_FILE, Question, read_vqa
 from limber_fast.evaluation.controls import majority_answer, shuffled_images
 from limber_fast.models.encoders import encoder as make_encoder
 from limber_fast.models.tokenizer import pretrained_tokenizer
 
 FAILED = 1
-Say = Callable[[list[Image.Image], list[Any]], list[str]]
+_OP = "predict"
+_KEYS = {"caption": ("image_id", "caption"), "vqa": ("question_id", "answer")}
+_ROOM = 512  # tokens behind the shots: a picture, its question and answer
 
 
 def main(args: argparse.Namespace, console: Console) -> int | None:
     """Writes args.output, whole or not at all; images that cannot be read have no entry and are named."""
     skipped = Skipped()
     try:
+        if args.output.is_dir():
+            raise checks.invalid(_OP, "--output", "be a file", f"the folder {args.output}")
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        records, shots = _records(args), list(_shots(args, skipped))
+        if not records:
+            raise BrokenIndex("no images are named")
+        if args.control == "shuffled":
+            readable = [record for _, record in skipped.open(records)]
+            others = shuffled_images([record.image for record in readable], args.seed)
+            records = [dataclasses.replace(x, image=image) for x, image in zip(readable, others, strict=True)]
         limber = load(args)
-        records, key, value, say = _TASKS[args.task](args, limber, skipped)
-        said = list(_said(records, key, value, say, args, skipped, console))
+        room = max(32, args.batch_size) * _ROOM
+        with limber.prefix(shots, room=room) if shots else nullcontext() as prefix:
+            said = list(_said(limber, records, prefix, args, skipped, console))
     except ValueError as error:  # a broken index, or files that do not fit each other
         console.error(str(error))
         return FAILED
@@ -41,7 +55,6 @@ def main(args: argparse.Namespace, console: Console) -> int | None:
     if not said:
         console.error(f"none of {len(records)} images could be read")
         return FAILED
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     files.replace(args.output, json.dumps(said, ensure_ascii=False, indent=1) + "\n")
     console.print(f"wrote {args.output}: {len(said)} of {len(records)}")
     return None
@@ -49,78 +62,63 @@ def main(args: argparse.Namespace, console: Console) -> int | None:
 
 def load(args: argparse.Namespace) -> Limber:
     """Of a folder of `Limber.save_pretrained`, or of LiMBeR's proj.ckpt and the name of its encoder."""
-    op = "predict"
-    model = GPTJ.from_pretrained(args.language_model, **({"compute": args.compute} if args.compute else {}))
-    tokenizer = pretrained_tokenizer(op, args.tokenizer or args.language_model)
+    if not args.limber.exists():
+        raise FileNotFoundError(f"{args.limber}: no such file or folder")
+    if not (args.encoder or args.limber.is_dir()):
+        raise checks.invalid(_OP, "--encoder", "be given with a file of P and b alone", "nothing", "as --encoder clip")
+    model = GPTJ.from_pretrained(args.language_model, compute=args.compute)
+    tokenizer = pretrained_tokenizer(_OP, args.tokenizer or args.language_model)
     weights = {"": True, "random": None}.get(args.encoder_weights, args.encoder_weights)
     encoder = make_encoder(args.encoder, weights=weights, seed=args.seed) if args.encoder else "saved"
-    if args.limber.is_dir():
-        limber = Limber.from_pretrained(args.limber, model, tokenizer, encoder)
-        if limber.encoder is None:
-            raise checks.invalid(op, "--encoder", "be given with a map that was saved without one", "nothing")
-        return limber.eval()
-    if encoder == "saved":
-        raise checks.invalid(op, "--encoder", "be given with a file of P and b alone", "nothing", "as --encoder clip")
-    return Limber(encoder, model, tokenizer).load_projection(args.limber).eval()
+    if args.limber.is_file():
+        return Limber(encoder, model, tokenizer).load_projection(args.limber).eval()
+    limber = Limber.from_pretrained(args.limber, model, tokenizer, encoder)
+    if limber.encoder is None:
+        raise checks.invalid(_OP, "--encoder", "be given with a map that was saved without one", "nothing")
+    return limber.eval()
 
 
-def _captions(args: argparse.Namespace, limber: Limber, skipped: Skipped) -> tuple[list, str, str, Say]:
-    records = (read_nocaps if args.nocaps else read_coco_captions)(args.references, args.images)
-
-    def say(images: list[Image.Image], _: list[Any]) -> list[str]:
-        return limber.caption(images, args.prompt, **_how(args))
-
-    return list(records), "image_id", "caption", say
-
-
-def _answers(args: argparse.Namespace, limber: Limber, skipped: Skipped) -> tuple[list, str, str, Say]:
-    records = read_vqa(args.questions, None, args.images, file_name=args.file_name or COCO_FILE)
-    shots = list(_shots(args, skipped)) if args.shots else []
-
-    def say(images: list[Image.Image], asked: list[Any]) -> list[str]:
-        return limber.answer(images, [one.question for one in asked], shots, **_how(args))
-
-    return records, "question_id", "answer", say
+def _records(args: argparse.Namespace) -> list[Any]:
+    if args.task == "vqa":
+        return read_vqa(args.questions, None, args.images, file_name=args.file_name or COCO_FILE)
+    return list((read_nocaps if args.nocaps else read_coco_captions)(args.references, args.images))
 
 
 def _shots(args: argparse.Namespace, skipped: Skipped) -> Iterator[tuple[Image.Image, str, str]]:
     """Random questions with the answer that most annotators gave."""
+    if not getattr(args, "shots", 0):
+        return
     given = (args.shot_questions, args.shot_annotations, args.shot_images)
     if not all(given):
         contract = "come with --shot-questions, --shot-annotations and --shot-images"
-        raise checks.invalid("predict", "--shots", contract, f"{sum(map(bool, given))} of them")
+        raise checks.invalid(_OP, "--shots", contract, f"{sum(map(bool, given))} of them")
     known = read_vqa(*given, file_name=args.file_name or COCO_FILE)
     order = np.random.default_rng(args.seed).permutation(len(known))
     found = skipped.open(known[i] for i in order)
-    for _ in range(args.shots):
-        try:
-            image, shot = next(found)
-        except StopIteration:
-            raise BrokenIndex(f"{args.shot_questions}: {args.shots} shots asked for, {len(known)} questions") from None
+    for shown in range(args.shots):
+        image, shot = next(found, (None, None))
+        if shot is None:
+            raise BrokenIndex(f"{args.shot_questions}: {args.shots} shots asked for, {shown} can be shown")
         yield image, shot.question, majority_answer(shot.answers)
 
 
-def _how(args: argparse.Namespace) -> dict[str, Any]:
-    return {"decoding": args.decoding, "max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size,
-            "seed": args.seed}  # fmt: skip
-
-
 def _said(
-    records: Sequence[Any], key: str, value: str, say: Say, args: argparse.Namespace, skipped: Skipped, console: Console
+    limber: Limber, records: Sequence[Any], prefix: Any, args: argparse.Namespace, skipped: Skipped, console: Console
 ) -> Iterator[dict[str, Any]]:
-    if args.control == "shuffled":
-        others = shuffled_images([record.image for record in records], args.seed)
-        records = [dataclasses.replace(record, image=image) for record, image in zip(records, others, strict=True)]
-    with console.progress("predicting", max(1, len(records))) as update:
+    (key, value), count = _KEYS[args.task], 0
+    how = {name: getattr(args, name) for name in ("decoding", "max_new_tokens", "batch_size")}
+    with console.progress("predicting", len(records)) as update:
         for start in range(0, len(records), args.batch_size):
             some = records[start : start + args.batch_size]
             if opened := list(skipped.open(some)):
                 images, asked = map(list, zip(*opened, strict=True))
                 if args.control == "blind":
                     images = [Image.new("RGB", image.size) for image in images]
-                for record, text in zip(asked, say(images, asked), strict=True):
-                    yield {key: getattr(record, key), value: text}
+                how["seed"] = args.seed + count  # every text draws as it would in one call
+                if isinstance(asked[0], Question):
+                    texts = limber.answer(images, [one.question for one in asked], prefix=prefix, **how)
+                else:
+                    texts = limber.caption(images, args.prompt, **how)
+                count += len(texts)
+                yield from ({key: getattr(x, key), value: text} for x, text in zip(asked, texts, strict=True))
             update(start + len(some))
-
-
-_TASKS = {"caption": _captions, "vqa": _answers}

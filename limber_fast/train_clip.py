@@ -53,7 +53,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
             return dry_run(trainer, world, console)
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint = folder / "checkpoint.pt"
-        if args.resume and checkpoint.exists():
+        if resumed := args.resume and checkpoint.exists():
             try:
                 trainer.restore(load_checkpoint(checkpoint, CLIP))
             except CheckpointError as error:
@@ -69,7 +69,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
                     log.add_scalar(name, value, step)
 
             done = trainer.run(folder, watch)
-        tell_skipped((f"{name}: {reason}" for name, reason in trainer.skipped.items()), folder, console)
+        tell_skipped((f"{name}: {reason}" for name, reason in trainer.skipped.items()), folder, console, resumed)
         if not done:
             console.print(f"stopped at step {trainer.step}; {checkpoint} is whole: go on with --resume")
             return EXIT_CODE

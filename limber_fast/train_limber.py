@@ -56,7 +56,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
         features = _features(limber, pairs, config, folder, console)
         trainer = LimberTrainer(limber, pairs, config, features)
         checkpoint = folder / "checkpoint.pt"
-        if args.resume and checkpoint.exists():
+        if resumed := args.resume and checkpoint.exists():
             try:
                 trainer.restore(load_checkpoint(checkpoint, LIMBER))
             except CheckpointError as error:
@@ -74,7 +74,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
 
             done = trainer.run(folder, watch)
         if features is None:
-            tell_skipped(trainer.skipped.values(), folder, console)
+            tell_skipped(trainer.skipped.values(), folder, console, resumed)
         if not done:
             console.print(f"stopped at step {trainer.step}; {checkpoint} is whole: go on with --resume")
             return EXIT_CODE
@@ -84,16 +84,22 @@ def main(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def tell_skipped(skipped: Iterable[str], folder: Path, console: Console) -> None:
-    """How many broken pictures all processes met; their names are in skipped.txt. Every process calls it."""
-    found = [list(skipped)]
+def tell_skipped(skipped: Iterable[str], folder: Path, console: Console, resumed: bool = False) -> None:
+    """How many broken pictures all processes met, of a resumed run before too; their names are in skipped.txt. Every
+    process calls it."""
+    path, found = folder / "skipped.txt", [list(skipped)]
+    if resumed and path.exists():
+        found[0] += path.read_text(encoding="utf-8").splitlines()
     if dist.is_initialized():
         found *= dist.get_world_size()
         dist.all_gather_object(found, found[0])
     lines = sorted({line for share in found for line in share})
-    if lines and not (dist.is_initialized() and dist.get_rank()):
-        with files.replacing(path := folder / "skipped.txt") as temporary:
-            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if dist.is_initialized() and dist.get_rank():
+        return
+    if not lines:
+        path.unlink(missing_ok=True)
+    else:
+        files.replace(path, "\n".join(lines) + "\n")
         console.print(f"{len(lines)} pictures could not be read, the first: {lines[0]}; all of them: {path}")
 
 

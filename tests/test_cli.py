@@ -165,7 +165,7 @@ def test_the_install_command_brings_what_is_missing(module, extra, command):
 def test_a_seed_is_a_whole_number(arguments, capsys):
     with pytest.raises(SystemExit):
         cli.main(arguments)
-    assert "argument --seed: must be a whole number of at least 0; got" in capsys.readouterr().err
+    assert "argument --seed: must be a whole number of at least 0, below 2^62; got" in capsys.readouterr().err
 
 
 def test_expected_failure_is_one_line_and_exits_with_1():

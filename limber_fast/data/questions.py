@@ -44,7 +44,7 @@ def read_vqa(
     """
     try:
         file_name.format(subset="", image_id=1)
-    except (LookupError, ValueError) as error:
+    except (LookupError, ValueError, AttributeError, MemoryError, OverflowError) as error:
         contract = "be a pattern of {subset} and {image_id}, as " + COCO_FILE
         raise checks.invalid("read_vqa", "file_name", contract, f"{file_name!r} ({error})") from None
     file, folder = Index(questions), existing_folder(images)

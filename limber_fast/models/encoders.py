@@ -114,7 +114,8 @@ def _downloading(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if "download" in str(error) or type(error).__module__.partition(".")[0] in ("huggingface_hub", "httpx"):
+        failed = isinstance(error, RuntimeError) and "download" in str(error)  # open_clip's
+        if failed or type(error).__module__.partition(".")[0] in ("huggingface_hub", "httpx"):
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise OSError(f"{_OP} {name}: its weights are not here and did not arrive: {reason}") from error
         raise

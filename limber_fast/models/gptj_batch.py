@@ -146,7 +146,7 @@ class ContinuousBatch:
             chosen = [i for i, (request, _) in enumerate(asked) if request.sampler == sampler]
             logits = self.model.lm_head(hidden if len(chosen) == len(asked) else hidden[chosen]).float()
             tokens = iter(sampler(logits, [asked[i][0].generator for i in chosen]))
-            for request in dict.fromkeys(asked[i][0] for i in chosen):
+            for request in dict.fromkeys(asked[i][0] for i in chosen):  # a token and its draft each
                 request.take(list(islice(tokens, 1 + len(request.draft))))
 
     def _embedded(self, tokens: list[int]) -> Tensor:

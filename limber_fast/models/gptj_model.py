@@ -183,9 +183,8 @@ class FrozenGPTJ(nn.Module):
             labels: [B, S] integers, shifted inside: token s is held against labels[:, s + 1]; -100 is ignored, as are
                 the predictions of masked tokens.
             cache: of `new_cache`: what it holds comes before these tokens, which are added to it. Without gradients.
-            logits_to_keep: hidden states and logits of so many last tokens alone, 0 for all of them. The last block
-                then computes nothing but keys and values of the others (that no label follows): 1 / n_layer of a
-                prefill, nearly.
+            logits_to_keep: hidden states and logits of so many last tokens alone, 0 for all of them. Of the others
+                (that no label follows) the last block then computes its attention alone: 3/4 of its products less.
 
         Returns: GPTJOutput with loss, logits (computed when read), hidden and cache.
         Raises: ValueError or TypeError for arguments that break this; a sequence longer than n_positions.

@@ -27,7 +27,10 @@ def split_words(text: str) -> list[str]:
 def pretrained_tokenizer(op: str, source: str) -> Any:
     """transformers' tokenizer of a folder or a name of the hub."""
     text = "A picture of"
-    found = needed("transformers", op).AutoTokenizer.from_pretrained(source)
+    try:
+        found = needed("transformers", op).AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:  # both for what is not there and for what is none
+        raise OSError(f"{op}: no tokenizer at {source}: {str(error).splitlines()[0]}") from error
     if not found(text, add_special_tokens=False).input_ids:  # made of nothing where a folder has no tokenizer
         remedy = "name one that does by --tokenizer, as EleutherAI/gpt-j-6b"
         raise checks.invalid(op, "tokenizer", "make tokens of text", f"none of {text!r}, from {source}", remedy)

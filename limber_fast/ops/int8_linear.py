@@ -42,7 +42,7 @@ def int8_linear(
     compute='w8a16' takes x in at least 16 bits, so that only the weight is rounded. The CPU kernels take each row in
     16-bit fixed point between its least and its largest element (elements of more than 32 times the row's root mean
     square, and such that are not finite, are multiplied in fp32), which is more precise than bf16 in the Euclidean norm
-    of the row: with fp32 rows expect relative errors of 1e-5.
+    of the row: with fp32 rows expect relative errors of some 1e-5.
 
     compute='w8a8' rounds x to 8 bits, row by row (LLM.int8 with an asymmetric range): the elements below
     `outlier_threshold` become ``x ~ step (u - zero)``, step = (high - low) / 255, zero = round(-low / step),

@@ -74,12 +74,14 @@ def test_captions_and_their_controls(world, tmp_path, capsys):
     black = limber.caption([Image.new("RGB", (40, 40))], max_new_tokens=8)[0]
     assert [x["caption"] for x in blind] == [black] * 4
     _, shuffled = predict(tmp_path, "caption", *references, *flags, "--control", "shuffled", "--seed", 1)
-    by_id = {x["image_id"]: x["caption"] for x in shuffled}
-    assert set(by_id.values()) <= set(expected) and len(by_id) == 4  # the broken one went to somebody
-    assert any(by_id[i] != text for i, text in enumerate(expected) if i in by_id)
+    assert [x["image_id"] for x in shuffled] == [0, 1, 2, 3]
+    assert sorted(x["caption"] for x in shuffled) == sorted(expected) != [x["caption"] for x in shuffled]
+    _, sampled = predict(tmp_path, "caption", *references, *flags, "--decoding", "limber", "--seed", 7)
+    told = limber.caption(pictures, max_new_tokens=8, decoding="limber", seed=7)
+    assert [x["caption"] for x in sampled] == told
 
 
-def test_answers_behind_shots(world, tmp_path):
+def test_answers_behind_shots(world, tmp_path, monkeypatch):
     limber, pictures, flags = world
     questions = ("--questions", tmp_path / "questions.json")
     code, said = predict(tmp_path, "vqa", *questions, *flags)
@@ -88,7 +90,10 @@ def test_answers_behind_shots(world, tmp_path):
     assert [x["question_id"] for x in said] == [10 * i + j for i in range(4) for j in range(2)]
     shots = ("--shots", 2, "--shot-questions", tmp_path / "questions.json", "--shot-annotations",
              tmp_path / "annotations.json", "--shot-images", tmp_path)  # fmt: skip
+    made, prefix = [], Limber.prefix
+    monkeypatch.setattr(Limber, "prefix", lambda self, *a, **k: made.append(a) or prefix(self, *a, **k))
     code, shown = predict(tmp_path, "vqa", *questions, *flags, *shots)
+    assert len(made) == 1  # not one for each of four batches
     assert code == 0 and len(shown) == 8 and [x["answer"] for x in shown] != expected
     assert cli.main(["evaluate", "vqa", str(tmp_path / "said.json"), "--questions", str(tmp_path / "questions.json"),
                      "--annotations", str(tmp_path / "annotations.json"), "--images", str(tmp_path), "--subset",
@@ -110,6 +115,9 @@ def test_a_released_map_needs_its_encoder(world, tmp_path, capsys):
     ("change", "message"),
     [(("--shots", 2), "--shots must come with --shot-questions"),
      (("--file-name", "{x}"), "file_name must be a pattern"),
+     (("--file-name", "{image_id.x}"), "file_name must be a pattern"),
+     (("--limber", "nowhere"), "nowhere: no such file or folder"),
+     (("--output", "."), "--output must be a file; got the folder ."),
      (("--language-model", "nowhere"), "nowhere"), (("--questions", "nothing.json"), "nothing.json")],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_writes_nothing(world, tmp_path, capsys, change, message):
@@ -117,3 +125,11 @@ def test_bad_input_is_one_line_and_writes_nothing(world, tmp_path, capsys, chang
     assert predict(tmp_path, "vqa", "--questions", tmp_path / "questions.json", *flags, *change) == (1, None)
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
+
+
+def test_a_folder_without_a_tokenizer_is_one_line(world, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    flags = ("vqa", "--questions", tmp_path / "questions.json", *world[2], "--tokenizer", tmp_path / "empty")
+    assert predict(tmp_path, *flags) == (1, None)
+    said = capsys.readouterr().err
+    assert "predict" in said and "tokenizer" in said and said.count("\n") == 1
