@@ -5,7 +5,8 @@ NaN beforehand, here also with the executor's traps for races. Every mutant is o
 
 Last seen: info_nce_dual_kernel on sm_90 92% of 38, from 81% before towers had gaps between their rows;
 prefix_attention on sm_80 and sm_90, of 40, before its tiles were searched for: append 100%, shared 92 and 95%, alone 85
-and 90%, merge 88%; int8_linear on sm_80: forward 76%, finish 88%, grad 72%, bwd 90%.
+and 90%, merge 88%; int8_linear on sm_80: forward 76%, finish 88%, grad 72%, bwd 90%; frozen_cross_entropy on sm_90:
+chunk 72%, finish 76%, and int8_linear's by its check alone: forward 83%, bwd 69%.
 """
 
 from __future__ import annotations
