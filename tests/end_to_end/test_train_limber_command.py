@@ -42,7 +42,7 @@ def test_two_processes_train_as_one(config, tmp_path, magma):
         mine = dataclasses.replace(config, output=str(tmp_path / f"of{processes}"))
         ours = command(mine, processes=processes)
         done = subprocess.run(ours, capture_output=True, text=True, timeout=600, env=ENVIRONMENT, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.returncode == 0, done.stderr
         maps.append(load_checkpoint(tmp_path / f"of{processes}" / "checkpoint.pt", LIMBER))
     for a, b in zip(*(found["parameters"] for found in maps), strict=True):
         # bf16 gradients; a step of AdamW moves a weight by 1e-3 whichever sign a gradient next to 0 rounds to
@@ -59,7 +59,7 @@ def test_processes_share_the_encoding(config, tmp_path):
         mine = dataclasses.replace(config, steps=3, output=str(tmp_path / f"of{processes}"))
         ours = command(mine, processes=processes)
         done = subprocess.run(ours, capture_output=True, text=True, timeout=600, env=ENVIRONMENT, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.returncode == 0, done.stderr
         out = tmp_path / f"of{processes}"
         files.append(((out / "features.bin").read_bytes(), json.loads((out / "features.json").read_text())))
         assert "9.jpg" in (out / "skipped.txt").read_text() and not list(out.glob(".*"))
@@ -74,7 +74,7 @@ def test_all_processes_tell_of_broken_pictures(config, tmp_path):
     config = dataclasses.replace(config, steps=6, cache_features=False, output=str(tmp_path / "out"))
     ours = command(config, processes=2)
     done = subprocess.run(ours, capture_output=True, text=True, timeout=600, env=ENVIRONMENT, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr
     assert done.stdout.count("pictures could not be read") == 1 and "9.jpg" in done.stdout
     assert "9.jpg" in (tmp_path / "out" / "skipped.txt").read_text()
 
@@ -93,7 +93,7 @@ def test_tensorboard_has_every_column(config, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     ours = command(dataclasses.replace(config, steps=3), "--tensorboard")
     done = subprocess.run(ours, capture_output=True, text=True, timeout=600, env=ENVIRONMENT, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr
     events = accumulator.EventAccumulator(str(tmp_path / "out" / "tensorboard"))
     events.Reload()
     assert {"loss", "learning_rate"} <= set(events.Tags()["scalars"])
@@ -127,7 +127,7 @@ def test_command_survives_being_killed(config, tmp_path):
 
 def test_command_ends_in_a_map_that_loads(config, tmp_path):
     done = subprocess.run(command(config), capture_output=True, text=True, timeout=600, env=ENVIRONMENT, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr
     assert "1 pictures could not be read" in done.stdout and "\x1b" not in done.stdout
     limber = Limber.from_pretrained(tmp_path / "out" / "map", GPTJ.from_pretrained(config.language_model), encoder=None)
     saved = load_checkpoint(tmp_path / "out" / "checkpoint.pt", LIMBER)
@@ -139,7 +139,7 @@ def test_dry_run_and_toml(config, tmp_path):
     (tmp_path / "run.toml").write_text("\n".join(lines))
     ours = [sys.executable, "-m", "limber_fast", "train-limber", "--config", "run.toml", "--dry-run", "--batch-size=60"]
     done = subprocess.run(ours, capture_output=True, text=True, timeout=600, env=ENVIRONMENT, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr
     assert "MiB kept for the backward pass of 3" in done.stdout
     assert "60 = 1 x 20 x 3 pictures" in done.stdout and "12 steps" in done.stdout
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run.toml"]
