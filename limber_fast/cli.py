@@ -12,14 +12,14 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from limber_fast import __version__
-from limber_fast.evaluate_flags import add_predictions, add_tasks, whole
-from limber_fast.optional import how_to_install, needed
+from limber_fast.evaluate_flags import add_predictions, add_tasks, positive, whole
+from limber_fast.optional import how_to_install
 
 if TYPE_CHECKING:
     from limber_fast.console import Console
@@ -78,10 +78,10 @@ def build_parser() -> argparse.ArgumentParser:
     reproduce.set_defaults(full=True)
     for command, folder in ((demo, "limber_fast_demo"), (reproduce, "limber_fast_miniature")):
         command.add_argument(
-            "--minutes", type=_positive(float), default=5.0, help="training budget of an encoder (default: %(default)g)"
+            "--minutes", type=positive(float), default=5.0, help="training budget of an encoder (default: %(default)g)"
         )
         command.add_argument(
-            "--steps", type=_positive(int), default=0, metavar="N",
+            "--steps", type=positive(int), default=0, metavar="N",
             help="train an encoder for N steps, however long they take; what follows keeps to its share of --minutes",
         )  # fmt: skip
         command.add_argument("--seed", type=whole, default=0, help="seed of weights and batches (default: %(default)s)")
@@ -130,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     _clip_flags(clip)
 
     for command in (demo, reproduce, bench, limber, clip):
-        command.add_argument("--threads", type=_positive(int), help="CPU threads (default: torch's choice)")
+        command.add_argument("--threads", type=positive(int), help="CPU threads (default: torch's choice)")
     trained = ((limber, _train_limber), (clip, _train_clip))
     shown = ((demo, _demo), (reproduce, _demo))
     for command, run in (*trained, *shown, (env, _env), (bench, _bench), (evaluate, _evaluate), (predict, _predict)):
@@ -222,24 +222,12 @@ def _evaluate(args: argparse.Namespace, console: Console) -> int | None:
 
 
 def _predict(args: argparse.Namespace, console: Console) -> int | None:
-    needed("transformers", "predict")
     from limber_fast import predict
 
     return predict.main(args, console)
 
 
-def _positive(kind: type) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"must be positive; got {text}")
-        return value
-
-    parse.__name__ = f"positive {kind.__name__}"  # argparse's word for the type where `kind` itself raises
-    return parse
-
-
 def _percent(text: str) -> float:
     if not text.endswith("%"):
         raise argparse.ArgumentTypeError(f"must be a percentage such as 10%; got {text}")
-    return _positive(float)(text[:-1]) / 100
+    return positive(float)(text[:-1]) / 100

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -47,7 +48,7 @@ def add_tasks(evaluate: argparse.ArgumentParser) -> None:
         task.add_argument("--weights", default="", help="a pre-trained set's name, a file, or 'random'")
         task.add_argument("--images", required=True, metavar="DIR", help="test images, DIR/CLASS/...; or 'emoji'")
         task.add_argument("--names", metavar="JSON", help="an object from folders to what their classes are called")
-        task.add_argument("--batch-size", type=positive, default=64, help="images at a time (default: %(default)s)")
+        task.add_argument("--batch-size", type=positive(int), default=64, help="images at a time (%(default)s)")
 
     for task in (caption, vqa, zero, probe):
         task.add_argument("--output", type=Path, default=Path("limber_fast_evaluation"), metavar="DIR")
@@ -85,19 +86,26 @@ def add_predictions(predict: argparse.ArgumentParser) -> None:
             "--control", choices=("blind", "shuffled"), help="black images, or each question another one's image"
         )
         task.add_argument("--decoding", choices=("greedy", "limber"), default="greedy", help="(default: %(default)s)")
-        task.add_argument("--max-new-tokens", type=positive, default=longest, metavar="N", help="(%(default)s)")
-        task.add_argument("--batch-size", type=positive, default=32, help="images at a time (default: %(default)s)")
+        task.add_argument("--max-new-tokens", type=positive(int), default=longest, metavar="N", help="(%(default)s)")
+        task.add_argument("--batch-size", type=positive(int), default=32, help="images at a time (%(default)s)")
         task.add_argument("--seed", type=whole, default=0, help="of shots, sampling, shuffling, random weights (0)")
 
 
-def whole(text: str, least: int = 0) -> int:
-    if not text.isdecimal() or not least <= int(text) < 1 << 62:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, below 2^62; got {text}")
+def whole(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 1 << 62:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, below 2^62; got {text}")
     return int(text)
 
 
-def positive(text: str) -> int:
-    return whole(text, 1)
+def positive(kind: type) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be positive; got {text}")
+        return value
+
+    parse.__name__ = f"positive {kind.__name__}"  # argparse's word for the type where `kind` itself raises
+    return parse
 
 
 def _scorer(text: str) -> str:

@@ -21,6 +21,7 @@ from limber_fast.evaluation.classes import score_classes
 from limber_fast.evaluation.predictions import MODEL, Scored
 from limber_fast.evaluation.towers import Towers, encode_images, towers
 from limber_fast.evaluation.zero_shot import class_features, similarities
+from limber_fast.models.encoders import weights_of
 from limber_fast.report.evaluation import Shown
 
 EMOJI = "emoji"
@@ -93,7 +94,7 @@ def _test_images(args: argparse.Namespace) -> tuple[Labelled, list[str]]:
 
 
 def _towers(args: argparse.Namespace) -> Towers:
-    return towers(args.model, {"": True, "random": None}.get(args.weights, args.weights))
+    return towers(args.model, weights_of(args.weights))
 
 
 def _encode(

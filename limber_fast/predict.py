@@ -17,9 +17,10 @@ from limber_fast.console import Console
 from limber_fast.data.captions import read_coco_captions, read_nocaps
 from limber_fast.data.index import BrokenIndex
 from limber_fast.data.pictures import Skipped
-from limber_fast.data.questions import COCO_FILE, Question, read_vqa
+from limber_fast.data.questions import COCO_FILE, read_vqa
 from limber_fast.evaluation.controls import majority_answer, shuffled_images
 from limber_fast.models.encoders import encoder as make_encoder
+from limber_fast.models.encoders import weights_of
 from limber_fast.models.tokenizer import pretrained_tokenizer
 
 FAILED = 1
@@ -68,7 +69,7 @@ def load(args: argparse.Namespace) -> Limber:
         raise checks.invalid(_OP, "--encoder", "be given with a file of P and b alone", "nothing", "as --encoder clip")
     model = GPTJ.from_pretrained(args.language_model, compute=args.compute)
     tokenizer = pretrained_tokenizer(_OP, args.tokenizer or args.language_model)
-    weights = {"": True, "random": None}.get(args.encoder_weights, args.encoder_weights)
+    weights = weights_of(args.encoder_weights)
     encoder = make_encoder(args.encoder, weights=weights, seed=args.seed) if args.encoder else "saved"
     if args.limber.is_file():
         return Limber(encoder, model, tokenizer).load_projection(args.limber).eval()
@@ -115,7 +116,7 @@ def _said(
                 if args.control == "blind":
                     images = [Image.new("RGB", image.size) for image in images]
                 how["seed"] = args.seed + count  # every text draws as it would in one call
-                if isinstance(asked[0], Question):
+                if args.task == "vqa":
                     texts = limber.answer(images, [one.question for one in asked], prefix=prefix, **how)
                 else:
                     texts = limber.caption(images, args.prompt, **how)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import math
 import os
@@ -21,7 +20,7 @@ from limber_fast import checks, files
 from limber_fast.console import Console
 from limber_fast.data.index import Index
 from limber_fast.optional import needed
-from limber_fast.train_limber import pairs_of, processes, tell_skipped, tensorboard
+from limber_fast.train_limber import kept_for_backward, pairs_of, processes, tell_skipped, tensorboard
 from limber_fast.training.checkpoint import CLIP, CheckpointError, load_checkpoint
 from limber_fast.training.clip import ClipTrainer
 from limber_fast.training.clip_config import ClipTrainConfig
@@ -128,20 +127,13 @@ def dry_run(trainer: ClipTrainer, world: int, console: Console) -> int:
     """Shapes, memory, and an estimate of time from steps that are then forgotten; nothing is written."""
     config, batches, seconds = trainer.config, trainer.batches(), []
     trainer.model.train()
-    shapes, kept = (), {}  # bytes of what a step keeps for its backward pass, by where they lie
-    weights = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
-
-    def pack(x: Tensor) -> Tensor:
-        if (at := (storage := x.untyped_storage()).data_ptr()) not in weights:
-            kept[at] = storage.nbytes()
-        return x
-
+    shapes = ()
     for _ in range(min(_DRY_STEPS, config.steps)):
         started = time.perf_counter()
         batch, broken = next(batches)
         if batch is None:
             raise checks.invalid("train-clip", "data", "have a readable picture", f"{broken[0].name}: broken")
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x) if not kept else contextlib.nullcontext():
+        with kept_for_backward(trainer.model.parameters()) as kept:
             trainer.train_step(batch)
         seconds.append(time.perf_counter() - started)
         shapes = tuple(tuple(x.shape) for x in batch[:2])

@@ -19,6 +19,7 @@ from limber_fast.console import Console
 from limber_fast.data.captions import read_coco_captions, read_limber_folder
 from limber_fast.data.shard_index import ShardIndex
 from limber_fast.models.encoders import encoder as make_encoder
+from limber_fast.models.encoders import weights_of
 from limber_fast.models.tokenizer import pretrained_tokenizer
 from limber_fast.optional import needed
 from limber_fast.training.checkpoint import LIMBER, CheckpointError, load_checkpoint
@@ -124,7 +125,7 @@ def build(config: LimberTrainConfig) -> Limber:
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     language_model = GPTJ.from_pretrained(config.language_model, device=device)
     tokenizer = pretrained_tokenizer("train-limber", config.tokenizer or config.language_model)
-    weights = {"": True, "random": None}.get(config.encoder_weights, config.encoder_weights)
+    weights = weights_of(config.encoder_weights)
     encoder = make_encoder(config.encoder, weights=weights, seed=config.seed)
     given = language_model.config.adapter_width
     if config.adapters and given is None:
@@ -191,25 +192,31 @@ def dry_run(limber: Limber, pairs: Pairs, config: LimberTrainConfig, world: int,
     return 0
 
 
+@contextlib.contextmanager
+def kept_for_backward(but: Iterable[Tensor]) -> Iterator[dict[int, int]]:
+    """Bytes by address of what autograd keeps within the block, but for those tensors."""
+    weights, kept = {x.untyped_storage().data_ptr() for x in but}, {}
+
+    def pack(x: Tensor) -> Tensor:
+        if (at := (storage := x.untyped_storage()).data_ptr()) not in weights:
+            kept[at] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        yield kept
+
+
 def activation_bytes(trainer: LimberTrainer) -> int:
     """What the first picture's forward pass keeps for the backward pass, without parameters and frozen weights; with
     gradient checkpointing the inputs of all blocks and one block's own, as that is what there is at a time."""
     limber, model = trainer.limber, trainer.limber.language_model
-    frozen = {x.untyped_storage().data_ptr() for x in (*limber.parameters(), *limber.buffers())}
-    kept: dict[int, int] = {}
     inputs: list[int] = []
-
-    def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return x
-
     hook = model.h[0].register_forward_pre_hook(lambda block, given: inputs.append(given[0].nbytes))
     again, model.gradient_checkpointing = model.gradient_checkpointing, False
     try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        with kept_for_backward((*limber.parameters(), *limber.buffers())) as kept:
             found = trainer.micro_loss(range(1))  # alive until the sum is taken: no storage takes another's place
-        total = sum(size for at, size in kept.items() if at not in frozen)
+        total = sum(kept.values())
         del found
     finally:
         hook.remove()

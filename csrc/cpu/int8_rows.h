@@ -64,8 +64,7 @@ class Int8Rows {
     // 4 KiB pages do not spread over the sets of L2 evenly: large panels start on huge pages.
     const int64_t bytes = row_count_ * padded;
     panels_ = Buffer<uint8_t>(bytes < 1 << 18 ? bytes : std::max<int64_t>(bytes, 2 * HUGE_PAGE));
-    by_strip_ = (int)strips_.size() >= threads;
-    if (!by_strip_) lines_ = Buffer<uint8_t>(row_count_ * pitch_);
+    if ((int)strips_.size() < threads) lines_ = Buffer<uint8_t>(row_count_ * pitch_);
   }
 
   // Fills the panels, by all threads of a parallel region; a barrier ends it. source(m, to) writes row m as floats.
@@ -82,7 +81,7 @@ class Int8Rows {
       source(m, row.get());
       quantise_row(m, row, threshold, found, lines);
     };
-    if (by_strip_) {
+    if (!lines_.get()) {  // strips for every thread
       Buffer<uint8_t> lines((tiles ? 2 * 16 : DOT_ROWS) * pitch_);
 #pragma omp for schedule(dynamic, 1)
       for (int64_t s = 0; s < (int64_t)strips_.size(); s++) {
@@ -269,8 +268,7 @@ class Int8Rows {
   int64_t row_count_ = 0, most_rows_ = 0, chunk_ = 0;
   Buffer<uint8_t> panels_;
   const int64_t pitch_ = padded + 64;  // a power of two would put all rows into one set of L1
-  bool by_strip_;                      // a thread has a strip to itself; else strips are few, and it has rows
-  Buffer<uint8_t> lines_;              // rows of digits of those few, in the order of the panels
+  Buffer<uint8_t> lines_;              // rows of digits where strips are fewer than threads, in the order of the panels
   std::vector<std::vector<Outlier>> found_;
   std::vector<int32_t> columns_;
   Buffer<float> values_;

@@ -7,8 +7,7 @@ taken from. `encoder(name)` makes one by name.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,17 +107,9 @@ def encoder(name: str, *, weights: str | os.PathLike[str] | bool | None = True, 
     return found
 
 
-@contextmanager
-def _downloading(name: str) -> Iterator[None]:
-    """The libraries have an error of their own for every way in which the hub cannot be reached."""
-    try:
-        yield
-    except Exception as error:
-        failed = isinstance(error, RuntimeError) and "download" in str(error)  # open_clip's
-        if failed or type(error).__module__.partition(".")[0] in ("huggingface_hub", "httpx"):
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise OSError(f"{_OP} {name}: its weights are not here and did not arrive: {reason}") from error
-        raise
+def weights_of(flag: str) -> bool | str | None:
+    """`weights` of `encoder` as commands write them: '' for the pre-trained ones, 'random', a set's name or a file."""
+    return {"": True, "random": None}.get(flag, flag)
 
 
 def _load(trunk: nn.Module, weights: Any) -> nn.Module:
@@ -142,8 +133,13 @@ def open_clip_model(name: str, model: str, weights: Any) -> tuple[nn.Module, Cal
         tags := open_clip.list_pretrained_tags_by_model(model)
     ):
         raise checks.invalid(_OP, "weights", f"be a file or one of {', '.join(tags)}", repr(weights))
-    with _downloading(name):
+    try:
         found = open_clip.create_model(model, pretrained=None if weights is None else str(weights)).eval()
+    except RuntimeError as error:  # what it makes of every way in which the hub cannot be reached
+        if "download" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{_OP} {name}: its weights are not here and did not arrive: {reason}") from error
     config = open_clip.transform.PreprocessCfg(**found.visual.preprocess_cfg)
     return found, open_clip.transform.image_transform_v2(config, is_train=False)
 
@@ -183,8 +179,7 @@ def _timm(name: str, model: str, weights: Any) -> ImageEncoder:
 
 def _of_timm(timm: Any, model: str, weights: Any) -> nn.Module:
     if weights is True:
-        with _downloading(f"timm:{model}"):
-            return timm.create_model(model, pretrained=True, num_classes=0)
+        return timm.create_model(model, pretrained=True, num_classes=0)
     return _load(timm.create_model(model, num_classes=0), weights)
 
 
