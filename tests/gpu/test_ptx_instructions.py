@@ -66,6 +66,15 @@ def test_minimum_and_maximum_of_nan():
     same(evaluate("min.NaN.f32 %r9, %r1, %r2;", x, y), np.float32([np.nan, np.nan, np.nan]))
 
 
+def test_comparison_of_packed_halves():
+    x, y = (torch.tensor(v, dtype=torch.bfloat16) for v in ([1.0, 3.0, 3.0, 1.0, 2.0, math.nan], [2.0] * 6))
+    found = evaluate(
+        "setp.gt.bf16x2 %p1|%p2, %r1, %r2;\nselp.b32 %r3, 1, 0, %p1;\nselp.b32 %r9, 2, 0, %p2;\nadd.s32 %r9, %r9, %r3;",
+        x.view(torch.int32).numpy(), y.view(torch.int32).numpy(), out=torch.int32,
+    )  # fmt: skip
+    assert found.tolist() == [2, 1, 0]
+
+
 def test_fma_rounds_once():
     """Random operands and cases in which the sum, rounded to fp64 first, would lie halfway between two floats."""
     x = RANDOM.standard_normal(256).astype(np.float32)

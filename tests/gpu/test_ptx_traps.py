@@ -121,6 +121,26 @@ def test_write_after_read_without_barrier():
         run_by_hand(exchange.format(barrier=""), [], threads=64, shared=256, races=True)
 
 
+def test_race_between_lanes_of_a_warp():
+    exchange = """
+    shl.b32 %r1, %r0, 2;
+    mov.u32 %r2, tile;
+    add.s32 %r3, %r2, %r1;
+    st.shared.b32 [%r3], %r0;
+    {first}
+    xor.b32 %r4, %r1, 4;
+    add.s32 %r4, %r2, %r4;
+    ld.shared.b32 %r5, [%r4];
+    {second}
+    st.shared.b32 [%r3], %r5;
+    """
+    barrier = "bar.warp.sync -1;"
+    run_by_hand(exchange.format(first=barrier, second=barrier), [], threads=32, shared=128, races=True)
+    for missing, what in ({"first": "", "second": barrier}, "read"), ({"first": barrier, "second": ""}, "write"):
+        with pytest.raises(PtxTrap, match=f"a {what} that no barrier of the warp orders"):
+            run_by_hand(exchange.format(**missing), [], threads=32, shared=128, races=True)
+
+
 def test_race_between_blocks():
     neighbour = Case(samples.neighbour_kernel, "neighbour", {"x": "*fp32"})
     with pytest.raises(PtxTrap, match=r"race in tensor 0 \[9\] at byte 4: a write after a read by another block"):

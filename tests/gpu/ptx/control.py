@@ -112,7 +112,10 @@ def barrier_reduce(m: Machine, ins: Instruction) -> None:
 
 @opcode("bar.warp.sync")
 def warp_barrier(m: Machine, ins: Instruction) -> Wait | None:
-    return missing_members(m, m.full_bits(ins.operands[0], 32), "bar.warp.sync")
+    wait = missing_members(m, m.full_bits(ins.operands[0], 32), "bar.warp.sync")
+    if m.races and wait is None:
+        m.races.within.barrier(m.active())
+    return wait
 
 
 def missing_members(m: Machine, members: Array, what: str) -> Wait | None:

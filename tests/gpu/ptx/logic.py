@@ -7,7 +7,7 @@ import numpy as np
 from .machine import Machine
 from .opcodes import opcode
 from .syntax import Instruction
-from .values import B32, PREDICATE, UNSIGNED, Type
+from .values import B32, PREDICATE, UNSIGNED, Array, Type, unpack
 
 BITWISE = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 
@@ -152,22 +152,27 @@ COMPARE = {
 COMBINE = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
 
 
+def compared(name: str, x: Array, y: Array, kind: Type) -> Array:
+    """Float comparisons are false with a NaN, unless they end in u (unordered)."""
+    if not kind.is_float:
+        return COMPARE[name](x, y)
+    unordered = np.isnan(x) | np.isnan(y)
+    if name in ("nan", "num"):
+        return unordered if name == "nan" else ~unordered
+    return COMPARE[name](x, y) & ~unordered if name in COMPARE else COMPARE[name[:-1]](x, y) | unordered
+
+
 @opcode("setp")
 def compare(m: Machine, ins: Instruction) -> None:
-    """Float comparisons are false with a NaN, unless they end in u (unordered)."""
+    """A second destination takes the opposite or, of two packed numbers each, what the upper ones give."""
     kind, name = ins.type, ins.parts[1]
-    x, y = (m.value(o, kind) for o in ins.operands[1:3])
-    if kind.is_float:
-        unordered = np.isnan(x) | np.isnan(y)
-        if name in ("nan", "num"):
-            result = unordered if name == "nan" else ~unordered
-        elif name in COMPARE:
-            result = COMPARE[name](x, y) & ~unordered
-        else:
-            result = COMPARE[name[:-1]](x, y) | unordered
+    if kind.lanes == 2:
+        pairs = zip(*(unpack(m.bits(o, kind.bits), kind) for o in ins.operands[1:3]), strict=True)
+        outcomes = [compared(name, x, y, kind) for x, y in pairs]
     else:
-        result = COMPARE[name](x, y)
+        result = compared(name, *(m.value(o, kind) for o in ins.operands[1:3]), kind)
+        outcomes = [result, ~np.asarray(result)]
     destinations = getattr(ins.operands[0], "items", (ins.operands[0],))
     combine = next((COMBINE[p] for p in ins.parts[2:] if p in COMBINE), None)
-    for register, outcome in zip(destinations, (result, ~np.asarray(result)), strict=False):
+    for register, outcome in zip(destinations, outcomes, strict=False):
         m.put(register, combine(outcome, m.predicate(ins.operands[3])) if combine else outcome, PREDICATE)

@@ -137,9 +137,11 @@ class Machine:
         return ~value if name[0] == "!" else value
 
     def value(self, operand: Any, kind: Type) -> Array:
-        """An operand read as numbers of a type."""
+        """An operand read as numbers of a type, of one number: packed ones are `unpack`ed by who knows them."""
         if kind.kind == "pred":
             return self.predicate(operand)
+        if kind.lanes != 1:
+            raise UnknownInstruction(f"{operand} as packed numbers")
         return decode(self.bits(operand, kind.width), kind)
 
     def full_bits(self, operand: Any, width: int) -> Array:

@@ -1,8 +1,8 @@
 """Which accesses to shared memory no barrier orders, by vector clocks.
 
 Every warp, and the asynchronous copy engine as one more agent, counts its own time and knows how much of every other
-agent's time it has synchronised with. An access races with an earlier one its agent does not know of. Lanes of one
-warp count as ordered among themselves.
+agent's time it has synchronised with. An access races with an earlier one its agent does not know of. Among the lanes
+of one warp `WarpRaces` looks.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 
 from .global_races import smallest_access
 from .values import WARP, Array, PtxTrap
+from .warp_races import WarpRaces
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -34,6 +35,7 @@ class RaceDetector:
         self.written = np.zeros(words, np.int64)
         self.read_time = np.zeros((words, agents), np.int32)
         self.block_of = m.block_of
+        self.within = WarpRaces(m, words, self.granule)
 
     def _words(self, positions: Array, size: int, owners: Array) -> tuple[Array, Array, Array]:
         """Word indices, their agents and blocks, one entry per word touched."""
@@ -43,6 +45,7 @@ class RaceDetector:
 
     def read(self, positions: Array, size: int, lanes: Array) -> None:
         self.read_by(positions, size, self.warp_of[lanes])
+        self.within.read(*self._words(positions, size, lanes)[:2])
 
     def read_by(self, positions: Array, size: int, agents: Array) -> None:
         words, agents, blocks = self._words(positions, size, agents)
@@ -62,9 +65,11 @@ class RaceDetector:
         self._trap(bad, words, "write", "a write")
         late = (self.read_time[words] > self.known[blocks, agents]).any(1)
         self._trap(late, words, "write", "a read")
+        self.within.start_write(*self._words(positions, size, lanes)[:2])
 
     def finish_write(self, positions: Array, size: int, lanes: Array) -> None:
         self.finish_write_by(positions, size, self.warp_of[lanes])
+        self.within.finish_write(*self._words(positions, size, lanes)[:2])
 
     def finish_write_by(self, positions: Array, size: int, agents: Array) -> None:
         words, agents, blocks = self._words(positions, size, agents)
@@ -78,6 +83,7 @@ class RaceDetector:
 
     def synchronise(self, lanes: Array) -> None:
         """A barrier: the warps of these lanes learn all that any of them knows."""
+        self.within.barrier(lanes)
         for block in np.unique(self.block_of[lanes]):
             warps = np.unique(self.warp_of[lanes[self.block_of[lanes] == block]])
             self.known[block, warps] = self.known[block, warps].max(0)
@@ -98,4 +104,5 @@ class RaceDetector:
         return snapshot
 
     def acquire(self, block: int, agent: int, snapshot: Array) -> None:
+        self.within.barrier(np.flatnonzero((self.block_of == block) & (self.warp_of == agent)))
         self.known[block, agent] = np.maximum(self.known[block, agent], snapshot)
