@@ -31,21 +31,21 @@ def scaled_gradient(grad, preactivation, scales, line, kept, n, N, HAS_GELU: tl.
 def int8_linear_grad_kernel(
     grad, preactivation, scales, g, factor, N, padded, grad_stride, HAS_GELU: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Row by row g [M, padded] = dY gelu_new'(z) s / factor[row], a power of two that keeps fp16 in its range."""
+    """Row by row g [M, padded] = dY gelu_new'(z) s / factor[row]: 1, or in fp16 a power of 2 that keeps it in range."""
     row = tl.program_id(0).to(tl.int64)
-    top = tl.zeros((BLOCK,), tl.float32)
-    for n0 in range(0, N, BLOCK):
-        value = tl.abs(
-            scaled_gradient(
-                grad, preactivation, scales, row * grad_stride, row * N, n0 + tl.arange(0, BLOCK), N, HAS_GELU
-            )
-        )
-        top = tl.maximum(top, tl.where(value < float("inf"), value, 0.0))
-    exponent = tl.max(top, 0).to(tl.int32, bitcast=True) & 0x7F800000
-    # Between 2^-126 and 2^126: its inverse is a normal number as well.
-    exponent = tl.where(exponent == 0, 0x3F800000, tl.minimum(exponent, 0x7E800000))
-    tl.store(factor + row, exponent.to(tl.float32, bitcast=True))
-    inverse = (0x7F000000 - exponent).to(tl.float32, bitcast=True)
+    by, inverse = 1.0, 1.0
+    if g.dtype.element_ty == tl.float16:
+        top = tl.zeros((BLOCK,), tl.float32)
+        for n0 in range(0, N, BLOCK):
+            n = n0 + tl.arange(0, BLOCK)
+            value = tl.abs(scaled_gradient(grad, preactivation, scales, row * grad_stride, row * N, n, N, HAS_GELU))
+            top = tl.maximum(top, tl.where(value < float("inf"), value, 0.0))
+        exponent = tl.max(top, 0).to(tl.int32, bitcast=True) & 0x7F800000
+        # Between 2^-126 and 2^126: its inverse is a normal number as well.
+        exponent = tl.where(exponent == 0, 0x3F800000, tl.minimum(exponent, 0x7E800000))
+        by = exponent.to(tl.float32, bitcast=True)
+        inverse = (0x7F000000 - exponent).to(tl.float32, bitcast=True)
+    tl.store(factor + row, by)
     for n0 in range(0, padded, BLOCK):
         n = n0 + tl.arange(0, BLOCK)
         value = scaled_gradient(grad, preactivation, scales, row * grad_stride, row * N, n, N, HAS_GELU) * inverse
