@@ -77,13 +77,20 @@ def peak_column(n: int, m: int, d: int) -> tuple[Tensor, Tensor, float]:
     return image, text, scale
 
 
+def peaks(n: int, m: int, d: int) -> tuple[Tensor, Tensor, float]:
+    """Every row's and every column's largest logit in another place, beside its positive, and far above all others."""
+    image = _directions(n, d, 20)
+    return image, F.normalize(image[torch.arange(m).roll(7) % n] + 0.3 * _directions(m, d, 21), dim=1), 250.0
+
+
 DATA = {f.__name__: f for f in (unit, below, wild, offset, converged, opposed)}
+PEAKS = {f.__name__: f for f in (peak, peak_column, peaks)}
 
 
 @lru_cache(maxsize=64)
 def towers(data: str, n: int, m: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
     """image [n, d], text [m, d] in `dtype` and the logit scale of a named kind of data."""
-    image, text, scale = {**DATA, "peak": peak, "peak_column": peak_column}[data](n, m, d)
+    image, text, scale = (DATA | PEAKS)[data](n, m, d)
     return image.to(dtype), text.to(dtype), scale
 
 

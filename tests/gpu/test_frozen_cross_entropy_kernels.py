@@ -28,22 +28,48 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, pois
 
 @dataclass(frozen=True)
 class Call:
-    """Rows, vocabulary and features of a head; `weight_by` multiplies its scales, `broken` hidden holds NaN and Inf."""
+    """Rows, vocabulary and features of a head.
+
+    `weight_by` multiplies its scales, `broken` hidden holds NaN and Inf. `tokens`: one of each row, another one in
+    every row, whose logit "peaks" above all others, "overflows" fp32, and the row's loss is NaN, or is the label's and
+    leaves a loss near 0, "sure".
+    """
 
     shape: tuple[int, int, int]
     dtype: torch.dtype = torch.bfloat16
     bias: bool = True
     weight_by: float = 1.0
     broken: bool = False
+    tokens: str = ""
+
+    def values(self) -> dict[str, Tensor]:
+        found = {name: x.clone() for name, x in cases.head(*self.shape, self.dtype).items()}
+        rows, vocabulary, _ = self.shape
+        if not self.tokens:
+            return found
+        # Every value of a lane has its turn in both chunks, 512 and 488 tokens of 4 x 32 lanes x 4.
+        row = torch.arange(rows)
+        tokens = (512 * (row // 16) + 128 * (row // 4 % 4) + 4 * (5 * row % 24) + row % 4) % vocabulary
+        found["labels"] = tokens if self.tokens == "sure" else tokens.roll(1)
+        found["labels"][1] = -100
+        if self.tokens == "overflows":
+            found["labels"][::2] = tokens[::2]
+            found["weight"][:, :rows], largest = 0, found["weight"].abs().max()
+            found["weight"][tokens, row] = largest  # a feature of its own per row, read by its token's channel alone
+            found["hidden"][:, :rows] = torch.eye(rows) * 3e38
+            found["grad"][1] = torch.inf
+        else:
+            found["weight"][tokens] = found["hidden"] * (3 if self.tokens == "peaks" else 24 / self.shape[2])
+        return found
 
     def weight(self) -> Int8Weight:
-        made = quantize_int8(cases.head(*self.shape, self.dtype)["weight"])
+        made = quantize_int8(self.values()["weight"])
         made.scales *= self.weight_by
         return made
 
     def run(self, function, dtype: torch.dtype | None = None) -> list[Tensor]:
         """The losses and the gradient of hidden."""
-        values, dtype = cases.head(*self.shape, self.dtype), dtype or self.dtype
+        values, dtype = self.values(), dtype or self.dtype
         hidden = values["hidden"].to(dtype, copy=True)
         if self.broken:
             hidden[0, 0], hidden[-1, -1] = torch.nan, torch.inf
@@ -66,13 +92,13 @@ class Call:
         weight = self.weight().dequantize(self.dtype)
         return self.run(lambda *operands: cases.eager_cross_entropy(operands[0], weight, *operands[1:], "none"))
 
-    def true(self) -> list[Tensor]:
+    def exact(self, hidden: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
         weight = self.weight()
-        return self.run(
-            lambda hidden, bias, labels: reference(
-                hidden, weight.integers(), weight.scales, bias, labels, reduction="none"),
-            torch.float64,
-        )  # fmt: skip
+        losses = reference(hidden, weight.integers(), weight.scales, bias, labels, reduction="none")
+        return losses * torch.where(labels >= 0, torch.nan, 1.0) if self.tokens == "overflows" else losses
+
+    def true(self) -> list[Tensor]:
+        return self.run(self.exact, torch.float64)
 
 
 CALLS = {
@@ -84,6 +110,9 @@ CALLS = {
     "no_bias": Call((3, 600, 33), bias=False),
     "sure": Call((9, 140, 70), torch.float32, weight_by=8.0),  # losses from nearly 0 to a hundred
     "sure_fp16": Call((9, 140, 70), torch.float16, weight_by=4.0),
+    "peaks": Call((32, 1000, 40), tokens="peaks"),
+    "peaks_fp32": Call((32, 1000, 40), torch.float32, tokens="peaks"),
+    "surer": Call((32, 1000, 40), torch.float32, tokens="sure"),
 }
 
 
@@ -95,6 +124,14 @@ def test_against_float64(engine, monkeypatch, name):
         assert x.shape == y.shape and x.dtype == (torch.float32 if place == 0 else call.dtype)
         for error, of_eager in zip(cases.errors(x, y), cases.errors(z, y), strict=True):
             assert error <= 2 * of_eager + cases.FLOOR[call.dtype], (place, error, of_eager)
+
+
+@on_engines("dtype", (torch.bfloat16, torch.float32), kept=())
+def test_a_logit_that_overflows(engine, monkeypatch, dtype):
+    monkeypatch.setattr(launch, "HELD", 1)
+    call = Call((32, 1000, 40), dtype, tokens="overflows")
+    for x, y in zip(call.ours(engine), call.true(), strict=True):
+        assert torch.equal(x.isnan(), y.isnan()) and not x[~y.isnan()].any()
 
 
 def test_nan_and_infinity_spoil_their_rows_alone(engine):

@@ -59,6 +59,7 @@ CALLS = {
     "below": Call("below"),
     "opposed": Call("opposed", options={"normalize": True}),
     "wild": Call("wild"),
+    "peaks": Call("peaks"),
     "offset": Call("offset", dtype=torch.float32),
     "converged": Call("converged", dtype=torch.float32),
     "rectangular": Call(shape=(70, 200, 64), options={"labels": cases.labels(70, 200), "symmetric": False}),

@@ -46,7 +46,11 @@ def on_gpu(weight: Int8Weight, engine: str) -> Int8Weight:
 
 @dataclass(frozen=True)
 class Call:
-    """int8_linear of M tokens, K features and N channels, with everything in its epilogue unless said otherwise."""
+    """int8_linear of M tokens, K features and N channels, with everything in its epilogue unless said otherwise.
+
+    `spread`: the largest and the smallest feature, one at the threshold, one beyond it, and a gradient that dwarfs all
+    others have another place in every row, and gelu_new comes to its ends.
+    """
 
     m: int
     n: int = 75
@@ -57,14 +61,25 @@ class Call:
     residual: bool = True
     options: dict = field(default_factory=dict)
     broken: str = ""  # what holds NaN and infinities
+    spread: bool = False
+
+    def values(self) -> dict[str, Tensor]:
+        found = {name: x.clone() for name, x in cases.int8_layer(self.m, self.n, self.k, self.dtype).items()}
+        if self.broken:
+            for place, value in ((1, torch.nan), (-1, torch.inf), (found[self.broken].numel() // 2, -torch.inf)):
+                found[self.broken].view(-1)[place] = value
+        if self.spread:
+            rows = torch.arange(self.m)
+            found["x"].clamp_(-1, 1)
+            for step, value in ((11, 30.0), (7, 6.0), (5, 5.5), (3, -5.5)):
+                found["x"][rows, (step * rows + rows // 4) % self.k] = value
+            found["bias"] *= 20
+            found["grad"][rows, (5 * rows + rows // 4) % self.n] = 6e4
+        return found
 
     def run(self, function, dtype: torch.dtype | None = None) -> list[Tensor]:
         """The result and the gradient of x and residual, for a fixed gradient of the result."""
-        values = {name: x.clone() for name, x in cases.int8_layer(self.m, self.n, self.k, self.dtype).items()}
-        if self.broken:
-            for place, value in ((1, torch.nan), (-1, torch.inf), (values[self.broken].numel() // 2, -torch.inf)):
-                values[self.broken].view(-1)[place] = value
-        dtype = dtype or self.dtype
+        values, dtype = self.values(), dtype or self.dtype
         leaves = [values["x"].to(dtype).requires_grad_()]
         leaves += [values["residual"].to(dtype).requires_grad_()] if self.residual else []
         y = function(leaves[0], values["bias"].to(dtype) if self.bias else None, activation=self.activation,
@@ -106,6 +121,8 @@ CALLS = {
     "w8a8_decode": Call(2, options=W8A8),
     "w8a8_fp32": Call(70, 75, 330, dtype=torch.float32, activation=None, options=W8A8),
     "w8a8_fp16": Call(3, dtype=torch.float16, bias=False, options=W8A8),
+    "spread": Call(70, 250, 330, spread=True),
+    "w8a8_spread": Call(14, 120, 500, spread=True, options=W8A8),
     "all_rounded": Call(9, dtype=torch.float32, options={**W8A8, "outlier_threshold": 0.0}),
     "all_outliers": Call(3, 40, 70, dtype=torch.float32, options={**W8A8, "outlier_threshold": 1e-9}),
 }
