@@ -1,11 +1,16 @@
 // limber_fast._cuda: raw pointers, sizes and the caller's stream. No torch header, no torch symbol; imports with no
 // driver.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
+#include <unordered_set>
+#include <vector>
 
 #include "params/ceilings.h"
+#include "params/page_copy.h"
 #include "params/prefix_attention.h"
 
 namespace py = pybind11;
@@ -85,6 +90,27 @@ void prefix_attention_fwd(std::uintptr_t q, std::uintptr_t k, std::uintptr_t v, 
   limber::prefix_attention_cuda(p);
 }
 
+void page_copy(std::uintptr_t pages, std::uintptr_t scales, std::int64_t layers, std::int64_t n_pages,
+               std::int64_t page_bytes, std::int64_t scale_bytes, const std::vector<std::array<std::int32_t, 2>>& pairs,
+               int device, std::uintptr_t stream) {
+  if ((pages | scales) % 16 || (page_bytes | scale_bytes) % 16)
+    throw py::value_error("page_copy: pages and their scales must be 16-byte aligned and multiples of 16 bytes");
+  if (page_bytes < 0 || scale_bytes < 0 || (scale_bytes && !scales))
+    throw py::value_error("page_copy: scales of scale_bytes must be given");
+  std::unordered_set<std::int32_t> written;
+  for (const auto& [from, to] : pairs) {
+    if (from < 0 || from >= n_pages || to < 0 || to >= n_pages)
+      throw py::value_error("page_copy: pages must lie in 0 .. n_pages - 1");
+    if (!written.insert(to).second) throw py::value_error("page_copy: a page must be written once");
+  }
+  for (const auto& pair : pairs)
+    if (written.count(pair[0])) throw py::value_error("page_copy: a page must not be both read and written");
+  const py::gil_scoped_release unlocked;
+  limber::page_copy_cuda({pointer<void>(pages), pointer<void>(scales), layers, n_pages, page_bytes, scale_bytes,
+                          pairs.empty() ? nullptr : pairs[0].data(), std::int64_t(pairs.size()), device,
+                          pointer<void>(stream)});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -95,6 +121,9 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("read_words", &read_words, py::arg("source"), py::arg("bytes"), py::arg("partials"), py::arg("blocks"),
         py::arg("device"), py::arg("stream"),
         "Reads source once; partials [blocks] uint32 receives the sum of its 32-bit words, modulo 2^32, in parts");
+  m.def("page_copy", &page_copy, py::kw_only(), py::arg("pages"), py::arg("scales"), py::arg("layers"),
+        py::arg("n_pages"), py::arg("page_bytes"), py::arg("scale_bytes"), py::arg("pairs"), py::arg("device"),
+        py::arg("stream"), "See csrc/params/page_copy.h. Pointers are integers, 0 for none.");
   m.def("prefix_attention_slots", &limber::prefix_attention_slots, py::arg("table_width"), py::arg("page_size"),
         py::arg("depth"), "Parts that a row can have");
   m.def("prefix_attention_fwd", &prefix_attention_fwd, py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"),

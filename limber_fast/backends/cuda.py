@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from limber_fast import native
+from limber_fast import dispatch, native
 
 _DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _HEAD_DIMENSIONS = (64, 128, 256)
@@ -39,11 +39,7 @@ def prefix_attention_supports(request: Any) -> str | None:
         return f"takes heads of 64, 128 or 256 dimensions; got {request.D}"
     if request.page_size & (request.page_size - 1):
         return f"takes pages of 1, 2, 4, 8, ... tokens; got {request.page_size}"
-    native.cuda()
-    if not torch.cuda.is_available():
-        return "no CUDA device"
-    found = torch.cuda.get_device_capability(request.device)
-    return None if found >= _OLDEST else f"needs compute capability 8.0 or newer; this device has {found[0]}.{found[1]}"
+    return _device_refuses(request.device)
 
 
 def prefix_attention_fwd(
@@ -70,6 +66,47 @@ def prefix_attention_fwd(
         stream=_stream(q.device),
     )  # fmt: skip
     return out
+
+
+def page_copy_supports(storage: Tensor, scales: Tensor | None) -> str | None:
+    """None where `page_copy` can copy pages of this pool, else the reason why not."""
+    if "cuda" not in dispatch.ORDER.get(storage.device.type, ()):
+        return f"runs on cuda tensors; got {storage.device.type}"
+    if any(x.data_ptr() % 16 or _page_bytes(x) % 16 for x in (storage, scales) if x is not None):
+        return "copies 16 bytes at a time; pages or their scales do not end there"
+    try:
+        return _device_refuses(storage.device)
+    except dispatch.BackendUnavailable as missing:
+        return str(missing)
+
+
+def page_copy(storage: Tensor, scales: Tensor | None, pairs: list[tuple[int, int]]) -> None:
+    """storage[:, to] = storage[:, from] for every (from, to), and the scales likewise: one launch, no synchronisation.
+
+    Args:
+        storage: [layers, n_pages, ...], contiguous, 16-byte aligned as a page in one layer is. scales: the same, or
+            None.
+        pairs: page numbers; no page is written twice, or both read and written.
+
+    Raises: ValueError where pairs or alignment break this.
+    """
+    native.cuda().page_copy(
+        pages=_address(storage), scales=_address(scales), layers=storage.shape[0], n_pages=storage.shape[1],
+        page_bytes=_page_bytes(storage), scale_bytes=0 if scales is None else _page_bytes(scales), pairs=pairs,
+        device=storage.device.index, stream=_stream(storage.device),
+    )  # fmt: skip
+
+
+def _page_bytes(x: Tensor) -> int:
+    return x.stride(1) * x.itemsize
+
+
+def _device_refuses(device: torch.device) -> str | None:
+    native.cuda()
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    found = torch.cuda.get_device_capability(device)
+    return None if found >= _OLDEST else f"needs compute capability 8.0 or newer; this device has {found[0]}.{found[1]}"
 
 
 def _stream(device: torch.device) -> int:

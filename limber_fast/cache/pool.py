@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from limber_fast import checks, native
+from limber_fast.backends import cuda
 from limber_fast.ops.paged_batch import PAGE_SIZE, PagedBatch
 
 _POOL, _SEQUENCE = "PagePool", "Sequence"
@@ -32,7 +33,8 @@ class PagePool:
     """All pages of a model's layers, and who holds them.
 
     A page holds `page_size` tokens in every layer and is held by any number of sequences. Only its sole holder writes
-    it: a fork shares all pages, and the first token written into a shared page moves the writer to a copy.
+    it: a fork shares all pages, and the first token written into a shared page moves the writer to a copy. On a GPU
+    one launch of the CUDA extension, where it is built, makes all copies of a batch in all layers.
 
     Safe under threads: the pool's counts change under one lock. A sequence belongs to one thread at a time.
 
@@ -111,8 +113,7 @@ class PagePool:
             wanted = [-(-(s.length + new) // self.page_size) - len(s.pages)
                       for s, new in zip(sequences, queries, strict=True)]  # fmt: skip
             fresh = self._take(len(copied) + sum(wanted))
-            for sequence in copied:
-                sequence._move_last_page(fresh.pop())
+            self._move_last_pages([(sequence, fresh.pop()) for sequence in copied])
             for sequence, new, pages in zip(sequences, queries, wanted, strict=True):
                 sequence.pages += [fresh.pop() for _ in range(pages)]
                 sequence.length += new
@@ -145,6 +146,21 @@ class PagePool:
         for page in taken:
             self._holders[page] = 1
         return taken
+
+    def _move_last_pages(self, moves: list[tuple[Sequence, int]]) -> None:
+        """Gives each sequence a copy of its last page, in the fresh page beside it."""
+        if moves and cuda.page_copy_supports(self.storage, self.scales) is None:
+            cuda.page_copy(self.storage, self.scales, [(sequence.pages[-1], fresh) for sequence, fresh in moves])
+        else:
+            for sequence, fresh in moves:
+                used = sequence.length % self.page_size
+                for x in (self.storage, self.scales):
+                    if x is not None:
+                        x[:, fresh, :, :, :used] = x[:, sequence.pages[-1], :, :, :used]
+        self._drop([sequence.pages[-1] for sequence, _ in moves])
+        self._copies += len(moves)
+        for sequence, fresh in moves:
+            sequence.pages[-1] = fresh
 
     def _hold(self, pages: Iterable[int]) -> None:
         holders = self._holders
@@ -212,12 +228,3 @@ class Sequence:
 
     def _last_page_is_shared(self) -> bool:
         return bool(self.length % self.pool.page_size) and self.pool._holders[self.pages[-1]] > 1
-
-    def _move_last_page(self, fresh: int) -> None:
-        old, used = self.pages[-1], self.length % self.pool.page_size
-        for x in (self.pool.storage, self.pool.scales):
-            if x is not None:
-                x[:, fresh, :, :, :used] = x[:, old, :, :, :used]
-        self.pool._drop([old])
-        self.pool._copies += 1
-        self.pages[-1] = fresh

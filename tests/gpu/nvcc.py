@@ -2,7 +2,7 @@
 
     with emulated(seed=3):
         prefix_attention(..., backend="cuda")           # on CPU tensors, through the production adapter and launcher
-    with executed(ptx("prefix_attention", "sm_80"), races=True):
+    with executed("sm_80", races=True):
         prefix_attention(..., backend="cuda")           # the same, by the executor of compiled PTX
 """
 
@@ -27,6 +27,8 @@ import torch
 from gpu.ptx import execute
 from limber_fast import dispatch, native
 from limber_fast.backends import cuda
+from limber_fast.report.aot import sass
+from limber_fast.report.aot.build import _cuobjdump
 
 ROOT = Path(__file__).parents[2]
 EMULATION = Path(__file__).parent / "emulation"
@@ -52,25 +54,56 @@ def source(stem: str) -> str:
 
 
 @functools.cache
-def ptx(stem: str, target: str) -> str:
+def ptx_file(stem: str, target: str) -> Path:
     """PTX of all kernels of a source; sm_90 is compiled as sm_90a, as setup.py does it."""
     path = folder() / f"{stem}_{target}.ptx"
-    run("nvcc", "-ptx", "-O3", "-std=c++17", "-Icsrc", f"-arch={target.replace('90', '90a')}", "-o", str(path),
-        source(stem))  # fmt: skip
-    return path.read_text()
+    _compile("-ptx", source(stem), target, path)
+    return path
+
+
+@functools.cache
+def ptx(stem: str, target: str) -> str:
+    return ptx_file(stem, target).read_text()
+
+
+def _compile(kind: str, file: str | Path, target: str, to: Path) -> None:
+    run("nvcc", kind, "-O3", "-std=c++17", "-Icsrc", f"-arch={target.replace('90', '90a')}", "-o", str(to), str(file))
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What ptxas made of one kernel: registers and bytes of stack of a thread, and how often each opcode occurs."""
+
+    registers: int
+    stack: int
+    opcodes: dict[str, int]
+
+
+def assembled(file: str | Path, target: str) -> dict[str, Kernel]:
+    """Every kernel of a source or of PTX as a cubin for the target, by its mangled name."""
+    path = folder() / f"{target}.cubin"
+    _compile("-cubin", file, target, path)
+    usage, code = _cuobjdump("-res-usage", str(path)), _cuobjdump("-sass", str(path))
+    needs = {
+        name: (int(registers), int(stack))
+        for name, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage)
+    }
+    parts = re.split(r"Function : (\S+)", code)
+    opcodes = {name: sass.histogram(sass.parse(body)) for name, body in zip(parts[1::2], parts[2::2], strict=True)}
+    return {name: Kernel(*needs[name], dict(opcodes[name])) for name in needs}
 
 
 def cuda_headers() -> str:
-    dry_run = run("nvcc", "--dryrun", source("prefix_attention"), "-o", "a.out")
+    dry_run = run("nvcc", "--dryrun", source("ceilings"), "-o", "a.out")
     return re.search(r'INCLUDES="-I([^"]+)"', dry_run)[1]
 
 
 @functools.cache
-def emulation(*flags: str) -> Path:
-    """The production source as a library of this machine, its CUDA replaced by the headers of tests/gpu/emulation."""
+def emulation(stem: str, *flags: str) -> Path:
+    """A production source as a library of this machine, its CUDA replaced by the headers of tests/gpu/emulation."""
     path = folder() / f"emulated{len(list(folder().glob('*.so')))}.so"
     run("g++", "-std=c++17", "-O2", "-fno-strict-aliasing", "-fPIC", "-shared", *flags, f"-I{EMULATION}", "-Icsrc",
-        "-isystem", cuda_headers(), str(EMULATION / "prefix_attention.cpp"), "-o", str(path))  # fmt: skip
+        "-isystem", cuda_headers(), str(EMULATION / f"{stem}.cpp"), "-o", str(path))  # fmt: skip
     return path
 
 
@@ -81,6 +114,7 @@ DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 class Params(ctypes.Structure):
     """PrefixAttentionLaunch of csrc/params/prefix_attention.h."""
 
+    STEM = "prefix_attention"
     _fields_ = [
         *((name, _POINTER) for name in ("q", "k", "v")),
         *((name, _LONG) for name in ("q_stride", "k_stride", "v_stride")),
@@ -110,13 +144,35 @@ class Params(ctypes.Structure):
         return cls(dtype=kind, page_dtype=kind, page_shift=shift, **values)
 
 
+class PageCopy(ctypes.Structure):
+    """PageCopyParams of csrc/params/page_copy.h."""
+
+    STEM = "page_copy"
+    _fields_ = [
+        *((name, _POINTER) for name in ("pages", "scales")),
+        *((name, _LONG) for name in ("layers", "n_pages", "page_bytes", "scale_bytes")),
+        ("pairs", ctypes.POINTER(_INT)),
+        ("count", _LONG),
+        ("device", _INT),
+        ("stream", _POINTER),
+    ]
+
+    @classmethod
+    def of(cls, *, pairs: list[tuple[int, int]], device: Any = None, stream: int = 0, **values: Any) -> PageCopy:
+        numbers = [number for pair in pairs for number in pair]
+        return cls(pairs=(_INT * len(numbers))(*numbers), count=len(pairs), **values)
+
+
 class Module:
     """Stands for the native module in front of the production adapter."""
 
     SPLIT = 256
 
-    def __init__(self, launch: Callable[[Params], None]) -> None:
+    def __init__(self, launch: Callable[[Params | PageCopy], None]) -> None:
         self.launch = launch
+
+    def page_copy(self, **values: Any) -> None:
+        self.launch(PageCopy.of(**values))
 
     def prefix_attention_slots(self, table_width: int, page_size: int, depth: int) -> int:
         return -(-table_width * page_size // self.SPLIT) + depth
@@ -126,7 +182,7 @@ class Module:
 
 
 @contextmanager
-def standing_in(launch: Callable[[Params], None], tensors: list[torch.Tensor]) -> Iterator[None]:
+def standing_in(launch: Callable[[Params | PageCopy], None], tensors: list[torch.Tensor]) -> Iterator[None]:
     """The cuda backend takes CPU tensors, noted in `tensors`, and hands its parameters to `launch`."""
 
     def address(x: torch.Tensor | None) -> int:
@@ -147,26 +203,28 @@ def standing_in(launch: Callable[[Params], None], tensors: list[torch.Tensor]) -
 
 
 _ELSEWHERE = ctypes.CFUNCTYPE(
-    None, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_int, ctypes.c_int, ctypes.c_void_p
-)
+    None, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_int, ctypes.c_int, ctypes.c_void_p,
+    ctypes.c_int,
+)  # fmt: skip
 
 
 @contextmanager
-def emulated(seed: int = 0, eager: bool = False, library: Path | None = None) -> Iterator[None]:
-    """Calls run on the host emulation; `eager`: its asynchronous copies land at once."""
-    with standing_in(lambda p: _call(p, seed, eager, _ELSEWHERE(), library), []):
+def emulated(seed: int = 0, eager: bool = False, libraries: dict[str, str] | None = None) -> Iterator[None]:
+    """Calls run on the host emulation; `eager`: its asynchronous copies land at once; `libraries`: builds by stem."""
+    with standing_in(lambda p: _call(p, seed, eager, _ELSEWHERE(), libraries or {}), []):
         yield
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: the kernel's mangled name, its grid and what it needs besides."""
+    """One launch: its source, the kernel's mangled name, its grid and what it needs besides."""
 
+    stem: str
     kernel: str
     grid: tuple[int, int]
     threads: int
     shared: int
-    params: Params
+    params: bytes
     tensors: list[torch.Tensor]
 
 
@@ -175,17 +233,20 @@ def launches(run: Callable[[Launch], None]) -> Iterator[None]:
     """Every launch that the production launcher makes inside the block goes to `run`."""
     tensors: list[torch.Tensor] = []
     failed: list[BaseException] = []
+    stem = ""
 
-    def elsewhere(name: bytes, x: int, y: int, threads: int, shared: int, params: int) -> None:
+    def elsewhere(name: bytes, x: int, y: int, threads: int, shared: int, params: int, size: int) -> None:
         try:
             if not failed:
-                copied = Params.from_buffer_copy(ctypes.string_at(params, ctypes.sizeof(Params)))
-                run(Launch(name.decode(), (x, y), threads, shared, copied, list(tensors)))
+                copied = ctypes.string_at(params, size)
+                run(Launch(stem, name.decode(), (x, y), threads, shared, copied, list(tensors)))
         except BaseException as error:  # C++ lies between here and the caller
             failed.append(error)
 
-    def launch(p: Params) -> None:
-        _call(p, 0, False, _ELSEWHERE(elsewhere), None)
+    def launch(p: Params | PageCopy) -> None:
+        nonlocal stem
+        stem = p.STEM
+        _call(p, 0, False, _ELSEWHERE(elsewhere), {})
         tensors.clear()
         if failed:
             raise failed.pop()
@@ -195,24 +256,24 @@ def launches(run: Callable[[Launch], None]) -> Iterator[None]:
 
 
 @contextmanager
-def executed(text: str, **options: Any) -> Iterator[list[Launch]]:
-    """Every launch is executed from its PTX in `text`; yields the list of them. Options are those of `execute`."""
+def executed(target: str, **options: Any) -> Iterator[list[Launch]]:
+    """Every launch is executed from its PTX for a chip; yields the list of them. Options are those of `execute`."""
     done: list[Launch] = []
 
     def run_one(launch: Launch) -> None:
         done.append(launch)
-        execute(text, launch.grid, (launch.threads,), [bytes(launch.params)], shared_bytes=launch.shared,
+        execute(ptx(launch.stem, target), launch.grid, (launch.threads,), [launch.params], shared_bytes=launch.shared,
                 tensors=launch.tensors, entry=launch.kernel, **options)  # fmt: skip
 
     with launches(run_one):
         yield done
 
 
-def _call(p: Params, seed: int, eager: bool, elsewhere: Any, library: Path | None) -> None:
-    loaded = ctypes.CDLL(str(library or emulation()))
+def _call(p: Params | PageCopy, seed: int, eager: bool, elsewhere: Any, libraries: dict[str, str]) -> None:
+    loaded = ctypes.CDLL(libraries.get(p.STEM) or str(emulation(p.STEM)))
     loaded.size_of_params.restype = ctypes.c_int64
-    assert loaded.size_of_params() == ctypes.sizeof(Params)
-    loaded.emulated_prefix_attention(ctypes.byref(p), seed, int(eager), elsewhere)
+    assert loaded.size_of_params() == ctypes.sizeof(p)
+    loaded.emulated(ctypes.byref(p), seed, int(eager), elsewhere)
 
 
 def asan_runtime() -> str:

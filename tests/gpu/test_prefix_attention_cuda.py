@@ -7,45 +7,20 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass
 
 import pytest
 import torch
 from ops.test_prefix_attention_values import Call
 
-from gpu.nvcc import Launch, emulated, executed, folder, launches, needs_nvcc, ptx, run, source
+from gpu.nvcc import Kernel, Launch, assembled, emulated, executed, launches, needs_nvcc, ptx_file, source
 from gpu.ptx.stats import Recorder
 from gpu.test_prefix_attention_emulated import LONG
 from limber_fast import prefix_attention
 from limber_fast.backends import cuda
-from limber_fast.report.aot import sass
-from limber_fast.report.aot.build import _cuobjdump
 from limber_fast.report.aot.chips import CHIPS, occupancy
 
 pytestmark = [needs_nvcc, pytest.mark.usefixtures("poisoned")]
 STEM = "prefix_attention"
-
-
-@dataclass(frozen=True)
-class Kernel:
-    registers: int
-    stack: int
-    opcodes: dict[str, int]
-
-
-def assembled(text_or_source: str, target: str) -> dict[str, Kernel]:
-    """Every kernel of a cubin for the target, by its mangled name."""
-    path = folder() / f"{target}.cubin"
-    run("nvcc", "-cubin", "-O3", "-std=c++17", "-Icsrc", f"-arch={target.replace('90', '90a')}", "-o", str(path),
-        text_or_source)  # fmt: skip
-    usage, code = _cuobjdump("-res-usage", str(path)), _cuobjdump("-sass", str(path))
-    needs = {
-        name: (int(registers), int(stack))
-        for name, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage)
-    }
-    parts = re.split(r"Function : (\S+)", code)
-    opcodes = {name: sass.histogram(sass.parse(body)) for name, body in zip(parts[1::2], parts[2::2], strict=True)}
-    return {name: Kernel(*needs[name], dict(opcodes[name])) for name in needs}
 
 
 @functools.cache
@@ -81,9 +56,7 @@ def check_gate(kernels: dict[str, Kernel], target: str) -> None:
 
 @pytest.mark.parametrize("target", [pytest.param("sm_80", marks=pytest.mark.slow_gpu), "sm_90", "sm_100"])
 def test_gate(target):
-    path = folder() / f"{STEM}_sm_80.ptx"
-    ptx(STEM, "sm_80")
-    check_gate(assembled(str(path), target), target)
+    check_gate(assembled(ptx_file(STEM, "sm_80"), target), target)
 
 
 @pytest.mark.slow_gpu
@@ -95,17 +68,18 @@ def test_gate_of_what_ships(target):
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_ptx(dtype):
     """Bounds, alignment, copies awaited, no access to shared memory that no barrier orders, none between blocks."""
-    with executed(ptx(STEM, "sm_80"), races=True) as done:
+    with executed("sm_80", races=True) as done:
         call = Call(dtype, 1, 64)
         call.check("cuda", *call.alone(((33, 17), (16, 0), (520, 1))))  # a block takes two splits, one after the other
         call = Call(dtype, 1, 64)
         call.check("cuda", *call.forked((20, 50), ((0, 1), (5, 1), (1, 6), (9, 1))))
-    assert len(done) == 4 and len({launch.kernel for launch in done}) == 3
+    kernels = [launch.kernel for launch in done if launch.stem == STEM]
+    assert len(kernels) == 4 and len({*kernels}) == 3
 
 
 def test_ptx_of_the_model_s_head():
     """D = 256 and a tile whose 32 rows are all taken, over a split."""
-    with executed(ptx(STEM, "sm_80"), races=True):
+    with executed("sm_80", races=True):
         call = Call(torch.bfloat16, 1, 256, rotary_dims=64)
         call.check("cuda", *call.forked((270,), tuple((i % 3, 1) for i in range(33))))
 
@@ -116,7 +90,7 @@ def test_ptx_of_the_model_s_head():
 @pytest.mark.parametrize("fork", LONG)
 def test_ptx_of_every_chip(target, dims, fork):
     for dtype in (torch.bfloat16, torch.float16):
-        with executed(ptx(STEM, target), races=True):
+        with executed(target, races=True):
             call = Call(dtype, 1, dims)
             call.check("cuda", *call.forked(*LONG[fork]))
 
@@ -126,7 +100,7 @@ def test_each_key_and_value_is_read_once_for_a_group():
     20 members, and of what each holds alone; hardly a bank conflict."""
     recorder = Recorder()
     call = Call(torch.bfloat16, 1, 256)
-    with executed(ptx(STEM, "sm_80"), recorder=recorder):
+    with executed("sm_80", recorder=recorder):
         call.check("cuda", *call.forked((128,), ((15, 1),) * 20))
     found = sum(traffic.bytes for (space, text), traffic in recorder.traffic.items()
                 if space == "global" and "cp.async" in text)  # fmt: skip

@@ -144,10 +144,10 @@ def test_a_missing_barrier_or_wait_is_noticed(tmp_path, statement, index):
     path = tmp_path / "cuda" / "prefix_attention.cuh"
     path.parent.mkdir()
     path.write_text(_without((ROOT / "csrc/cuda/prefix_attention.cuh").read_text(), statement, index))
-    library = emulation(f"-I{tmp_path}")
+    libraries = {"prefix_attention": str(emulation("prefix_attention", f"-I{tmp_path}"))}
 
     def sound(mode) -> bool:
-        with emulated(*mode, library=library):
+        with emulated(*mode, libraries=libraries):
             for dims in (64, 256):
                 call = Call(torch.bfloat16, 2, dims)
                 try:
@@ -164,14 +164,15 @@ def test_a_missing_barrier_or_wait_is_noticed(tmp_path, statement, index):
 @pytest.mark.slow_gpu
 def test_address_sanitizer(tmp_path):
     """Every access of the kernels, to shared memory too, lies inside what was allocated."""
-    library = emulation("-fsanitize=address", "-g", "-O1")
+    flags = ("-fsanitize=address", "-g", "-O1")
+    libraries = {stem: str(emulation(stem, *flags)) for stem in ("prefix_attention", "page_copy")}
     program = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import pathlib, torch, cases
+import torch, cases
 from gpu.nvcc import emulated
 from gpu import test_prefix_attention_emulated as t
-with emulated(3, library=pathlib.Path({str(library)!r})):
+with emulated(3, libraries={libraries!r}):
     for dtype in t.DTYPES:
         for dims in (64, 256):
             for fork in t.LONG.values():

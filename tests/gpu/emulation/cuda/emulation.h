@@ -72,8 +72,8 @@ struct Block {
   std::function<void()> body;
 };
 
-// Of a kernel: its mangled name, grid, threads, bytes of shared memory, and its parameters.
-using Elsewhere = void (*)(const char*, unsigned, unsigned, int, int, const void*);
+// Of a kernel: its mangled name, grid, threads, bytes of shared memory, its parameters and their bytes.
+using Elsewhere = void (*)(const char*, unsigned, unsigned, int, int, const void*, int);
 
 struct Options {
   int seed = 0;  // 0: threads take turns in their order
@@ -247,3 +247,11 @@ inline unsigned __ballot_sync(unsigned, bool vote) {
   return mask;
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+
+// Calls an entry point as ctypes asks for it.
+#define EMULATED(entry, Params)                                                                    \
+  extern "C" void emulated(const Params* params, int seed, int eager, emulation::Elsewhere where) { \
+    emulation::options = {seed, eager != 0, where};                                                \
+    entry(*params);                                                                                \
+  }                                                                                                \
+  extern "C" int64_t size_of_params() { return sizeof(Params); }

@@ -12,7 +12,8 @@ void launch(void (*kernel)(Params), const char*, dim3 grid, int threads, int sha
   if (emulation::options.elsewhere) {
     Dl_info symbol;
     if (!dladdr(reinterpret_cast<void*>(kernel), &symbol) || !symbol.dli_sname) emulation::fail("a kernel has no name");
-    return emulation::options.elsewhere(symbol.dli_sname, grid.x, grid.y, threads, shared, &params);
+    return emulation::options.elsewhere(symbol.dli_sname, grid.x, grid.y, threads, shared, &params,
+                                        sizeof(params));
   }
   emulation::launch(grid, threads, shared, [&] { kernel(params); });
 }
