@@ -25,8 +25,8 @@ from limber_fast.kernels.recording import Launch, launch_of
 catalogue.cases("none")
 
 CAPABILITY = {"interpreted": (9, 0), "sm_80": (8, 0), "sm_90": (9, 0)}
-_ON_DEVICE = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-ENGINES = (*CAPABILITY, pytest.param("cuda", marks=_ON_DEVICE))
+ON_DEVICE = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+ENGINES = (*CAPABILITY, pytest.param("cuda", marks=ON_DEVICE))
 PROGRAMS = 3  # fewer than tiles or rows: the persistent loops go round
 
 
@@ -51,7 +51,7 @@ def on_engines(name: str, values: Iterable[Any], kept: Iterable[Any]) -> pytest.
 
     def marks(engine: str, value: Any) -> Any:
         if engine == "cuda":
-            return _ON_DEVICE
+            return ON_DEVICE
         return () if engine == "interpreted" or value in kept else pytest.mark.slow_gpu
 
     cases = [

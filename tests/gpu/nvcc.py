@@ -255,6 +255,12 @@ def launches(run: Callable[[Launch], None]) -> Iterator[None]:
         yield
 
 
+def execute_launch(launch: Launch, target: str, **options: Any) -> None:
+    """Executes the PTX that the chip would run; options are those of `execute`."""
+    execute(ptx(launch.stem, target), launch.grid, (launch.threads,), [launch.params], shared_bytes=launch.shared,
+            tensors=launch.tensors, entry=launch.kernel, **options)  # fmt: skip
+
+
 @contextmanager
 def executed(target: str, **options: Any) -> Iterator[list[Launch]]:
     """Every launch is executed from its PTX for a chip; yields the list of them. Options are those of `execute`."""
@@ -262,8 +268,7 @@ def executed(target: str, **options: Any) -> Iterator[list[Launch]]:
 
     def run_one(launch: Launch) -> None:
         done.append(launch)
-        execute(ptx(launch.stem, target), launch.grid, (launch.threads,), [launch.params], shared_bytes=launch.shared,
-                tensors=launch.tensors, entry=launch.kernel, **options)  # fmt: skip
+        execute_launch(launch, target, **options)
 
     with launches(run_one):
         yield done
