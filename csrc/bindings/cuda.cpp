@@ -59,14 +59,15 @@ T* pointer(std::uintptr_t address) {
 
 void prefix_attention_fwd(std::uintptr_t q, std::uintptr_t k, std::uintptr_t v, std::int64_t q_stride,
                           std::int64_t k_stride, std::int64_t v_stride, std::uintptr_t pages, std::int64_t page_stride,
-                          std::int64_t T, std::int64_t N, std::int64_t H, std::int64_t D, std::int64_t page_size,
-                          const std::string& dtype, std::uintptr_t queries, std::uintptr_t lengths,
-                          std::uintptr_t page_table, std::int64_t table_width, std::uintptr_t order,
-                          std::uintptr_t shared, std::int64_t runs, std::uintptr_t alone, std::int64_t depth,
-                          std::uintptr_t positions, std::uintptr_t rotary, std::int64_t rotary_dims, float scale,
-                          std::uintptr_t out, std::uintptr_t part_sums, std::uintptr_t part_heads, std::int64_t slots,
-                          int device, std::uintptr_t stream) {
-  if ((q | k | v | pages | out) % 16 || (q_stride | k_stride | v_stride | page_stride) % 8)
+                          std::uintptr_t page_scales, std::int64_t page_scales_stride, std::int64_t T, std::int64_t N,
+                          std::int64_t H, std::int64_t D, std::int64_t page_size, const std::string& dtype,
+                          std::uintptr_t queries, std::uintptr_t lengths, std::uintptr_t page_table,
+                          std::int64_t table_width, std::uintptr_t order, std::uintptr_t shared, std::int64_t runs,
+                          std::uintptr_t alone, std::int64_t depth, std::uintptr_t positions, std::uintptr_t rotary,
+                          std::int64_t rotary_dims, float scale, std::uintptr_t out, std::uintptr_t part_sums,
+                          std::uintptr_t part_heads, std::int64_t slots, int device, std::uintptr_t stream) {
+  if ((q | k | v | pages | out) % 16 || (q_stride | k_stride | v_stride) % 8 || page_stride % (page_scales ? 16 : 8) ||
+      page_scales % 4)
     throw py::value_error("prefix_attention: rows and pages must be 16-byte aligned");
   if (page_size < 1 || page_size & (page_size - 1))
     throw py::value_error("prefix_attention: page_size must be a power of two");
@@ -77,7 +78,9 @@ void prefix_attention_fwd(std::uintptr_t q, std::uintptr_t k, std::uintptr_t v, 
   p.q_stride = q_stride, p.k_stride = k_stride, p.v_stride = v_stride;
   p.pages = pointer<void>(pages), p.page_stride = page_stride;
   p.T = T, p.N = N, p.H = H, p.D = D, p.page_size = page_size;
-  p.dtype = p.page_dtype = dtype == "bfloat16" ? limber::Dtype::bf16 : limber::Dtype::f16;
+  p.page_scales = pointer<float>(page_scales), p.page_scales_stride = page_scales_stride;
+  p.dtype = dtype == "bfloat16" ? limber::Dtype::bf16 : limber::Dtype::f16;
+  p.page_dtype = page_scales ? limber::Dtype::i8 : p.dtype;
   p.queries = pointer<std::int32_t>(queries), p.lengths = pointer<std::int32_t>(lengths);
   p.page_table = pointer<std::int32_t>(page_table), p.table_width = table_width;
   p.order = pointer<std::int32_t>(order), p.shared = pointer<std::int32_t>(shared), p.runs = runs;
@@ -128,10 +131,10 @@ PYBIND11_MODULE(_cuda, m) {
         py::arg("depth"), "Parts that a row can have");
   m.def("prefix_attention_fwd", &prefix_attention_fwd, py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"),
         py::arg("q_stride"), py::arg("k_stride"), py::arg("v_stride"), py::arg("pages"), py::arg("page_stride"),
-        py::arg("T"), py::arg("N"), py::arg("H"), py::arg("D"), py::arg("page_size"), py::arg("dtype"),
-        py::arg("queries"), py::arg("lengths"), py::arg("page_table"), py::arg("table_width"), py::arg("order"),
-        py::arg("shared"), py::arg("runs"), py::arg("alone"), py::arg("depth"), py::arg("positions"), py::arg("rotary"),
-        py::arg("rotary_dims"), py::arg("scale"), py::arg("out"), py::arg("part_sums"), py::arg("part_heads"),
-        py::arg("slots"), py::arg("device"), py::arg("stream"),
-        "See csrc/params/prefix_attention.h. Pointers are integers, 0 for none.");
+        py::arg("page_scales"), py::arg("page_scales_stride"), py::arg("T"), py::arg("N"), py::arg("H"), py::arg("D"),
+        py::arg("page_size"), py::arg("dtype"), py::arg("queries"), py::arg("lengths"), py::arg("page_table"),
+        py::arg("table_width"), py::arg("order"), py::arg("shared"), py::arg("runs"), py::arg("alone"),
+        py::arg("depth"), py::arg("positions"), py::arg("rotary"), py::arg("rotary_dims"), py::arg("scale"),
+        py::arg("out"), py::arg("part_sums"), py::arg("part_heads"), py::arg("slots"), py::arg("device"),
+        py::arg("stream"), "See csrc/params/prefix_attention.h. Pointers are integers, 0 for none.");
 }

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace limber {
 
@@ -36,6 +37,25 @@ __device__ __forceinline__ To same_bits(const From& x) {
   To y;
   memcpy(&y, &x, sizeof(y));
   return y;
+}
+
+// Two of the four int8 of a word as 16-bit elements, exactly. BYTES names them as a selector of __byte_perm with a 4 at
+// the upper half of each element: 0x4140 is bytes 0 and 1.
+template <class Element, int BYTES>
+__device__ __forceinline__ uint32_t integers(uint32_t word) {
+  using Two = typename Pair<Element>::type;
+  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+    const uint32_t digits = __byte_perm(word & 0x7f7f7f7fu, 0x43434343u, BYTES);  // 128 + the lower 7 bits
+    const uint32_t sign = __byte_perm(word & 0x80808080u, 0x43434343u, BYTES);    // 128, or 256 below zero
+    return same_bits<uint32_t>(__hsub2(same_bits<Two>(digits), same_bits<Two>(sign)));
+  } else {
+    const uint32_t raised = __byte_perm(word ^ 0x80808080u, 0x64646464u, BYTES);  // 1024 + 128 + x
+    return same_bits<uint32_t>(__hsub2(same_bits<Two>(raised), same_bits<Two>(0x64806480u)));
+  }
+}
+// The largest power of two up to x, of a normal x >= 0; 0 of 0.
+__device__ __forceinline__ float power_of_two(float x) {
+  return same_bits<float>(same_bits<uint32_t>(x) & 0x7f800000u);
 }
 
 }  // namespace limber

@@ -13,98 +13,47 @@
 // A block of 4 warps owns ROWS queries of one head. The warps share out the keys of a tile in Q K^T and the columns in
 // P V, so each K and V fragment is read from shared memory once; sums are fp32. K and V are double buffered by
 // cp.async in groups of their own, and P takes the place of the spent K tile: that is what lets two blocks share an SM.
+//
+// int8 stays int8 up to the fragments, which widen it exactly; scales of keys multiply the logits, those of values the
+// weights, over a unit of the block's own that grows with them: so that fp16 holds both ends.
 #pragma once
 
 #include "cuda/elements.cuh"
+#include "cuda/prefix_attention_rows.cuh"
 #include "cuda/ptx.cuh"
 #include "params/prefix_attention.h"
 
 namespace limber {
 
-constexpr int MANY = 16;  // new tokens from which on a sequence is a prefill
-constexpr int WARPS = 4, THREADS = 32 * WARPS;
 constexpr int KEYS = 32;  // of a tile: one per lane, whose page a lane looks up
-constexpr int64_t SPLIT = PrefixAttentionLaunch::SPLIT;
-constexpr unsigned ALL = 0xffffffffu;
 constexpr float NONE = -INFINITY;
 
-template <class Element_, int D_, int ROWS_>
+// Stored_: of keys and values, Element_ or int8_t.
+template <class Element_, class Stored_, int D_, int ROWS_>
 struct AttentionTile {
   using Element = Element_;
+  using Stored = Stored_;
+  static constexpr bool SCALED = sizeof(Stored) == 1;
   static constexpr int D = D_, ROWS = ROWS_;
-  static constexpr int CHUNKS = D / 8;             // 16 bytes each, of a row
-  static constexpr int ROW_TILES = ROWS / 16;      // of the mma
-  static constexpr int COLUMNS = D / (8 * WARPS);  // tiles of 8 columns that a warp owns
-  static constexpr int Q_BYTES = ROWS * D * 2, TILE_BYTES = KEYS * D * 2;
+  static constexpr int CHUNKS = D / 8, KV_CHUNKS = D * sizeof(Stored) / 16;  // 16 bytes each, of a row
+  static constexpr int ROW_TILES = ROWS / 16;                                // of the mma
+  static constexpr int COLUMNS = D / (8 * WARPS);                            // tiles of 8 columns that a warp owns
+  static constexpr int Q_BYTES = ROWS * D * 2, TILE_BYTES = KEYS * D * sizeof(Stored);
   static constexpr int SHARED = Q_BYTES + 4 * TILE_BYTES + WARPS * ROWS * 4 + ROWS * 4;
-  static_assert(D % 64 == 0 && ROWS % 16 == 0 && ROWS <= D && KEYS == 8 * WARPS && THREADS % CHUNKS == 0);
+  static_assert(D % 64 == 0 && ROWS % 16 == 0 && ROWS * 2 <= D * sizeof(Stored) && KEYS == 8 * WARPS &&
+                THREADS % KV_CHUNKS == 0);
 };
-
-// Dimensions 8 chunk .. 8 chunk + 7 of a row, those below `dims` turned pair by pair.
-template <class Element>
-__device__ __forceinline__ uint4 rotated(uint4 x, int chunk, const float* angles, int dims) {
-  using Two = typename Pair<Element>::type;
-  if (8 * chunk >= dims) return x;
-  uint32_t words[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int d = 8 * chunk + 2 * i;
-    if (d >= dims) continue;
-    const float2 turn = *reinterpret_cast<const float2*>(angles + d), pair = widen(same_bits<Two>(words[i]));
-    words[i] =
-        same_bits<uint32_t>(Pair<Element>::round(pair.x * turn.x - pair.y * turn.y, pair.y * turn.x + pair.x * turn.y));
-  }
-  return make_uint4(words[0], words[1], words[2], words[3]);
-}
-__device__ __forceinline__ const float* angles_of(const PrefixAttentionLaunch& p, int64_t row, int64_t token) {
-  return p.rotary ? p.rotary + (p.positions ? p.positions[row] : token) * p.rotary_dims : nullptr;
-}
-__device__ __forceinline__ int rotary_dims(const PrefixAttentionLaunch& p) { return p.rotary ? int(p.rotary_dims) : 0; }
-
-__device__ __forceinline__ int new_tokens(const PrefixAttentionLaunch& p, int n) {
-  return p.queries[n + 1] - p.queries[n];
-}
-__device__ __forceinline__ int sum_of_warp(int x) {
-#pragma unroll
-  for (int d = 16; d; d >>= 1) x += __shfl_xor_sync(ALL, x, d);
-  return x;
-}
-// Sum over the lanes up to this one.
-__device__ __forceinline__ int running_sum(int x, int lane) {
-#pragma unroll
-  for (int d = 1; d < 32; d <<= 1) {
-    const int before = __shfl_up_sync(ALL, x, d);
-    if (lane >= d) x += before;
-  }
-  return x;
-}
-
-// Blocks of SPLIT positions that tokens begin .. end-1 meet.
-__device__ __forceinline__ int pieces(int begin, int end) {
-  return end > begin ? (end - 1) / int(SPLIT) - begin / int(SPLIT) + 1 : 0;
-}
-// Parts that runs leave of the tokens before `begin` of the sequences order[first:last]. By a whole warp.
-__device__ __forceinline__ int parts_before(const PrefixAttentionLaunch& p, int first, int last, int begin) {
-  int count = 0;
-  for (int r = threadIdx.x % 32; r < p.runs; r += 32) {
-    const int* run = p.shared + 5 * r;
-    if (run[0] <= first && last <= run[1] && run[3] <= begin) count += pieces(run[2], run[3]);
-  }
-  return sum_of_warp(count);
-}
-// First of the tokens that the second launch reads of a sequence of few new tokens.
-__device__ __forceinline__ int first_of_rest(const PrefixAttentionLaunch& p, int n) {
-  const int old = p.lengths[n] - new_tokens(p, n);
-  return max(p.alone[n], old / int(SPLIT) * int(SPLIT));
-}
 
 // What a block works on: its shared memory by name, and the sums of its rows in registers.
 template <class Tile>
 struct Attention {
   using Element = typename Tile::Element;
+  using Stored = typename Tile::Stored;
   using Two = typename Pair<Element>::type;
-  static constexpr int D = Tile::D, ROWS = Tile::ROWS, CHUNKS = Tile::CHUNKS, ROW_TILES = Tile::ROW_TILES,
-                       COLUMNS = Tile::COLUMNS, TILE_BYTES = Tile::TILE_BYTES;
+  static constexpr bool SCALED = Tile::SCALED;
+  static constexpr int D = Tile::D, ROWS = Tile::ROWS, CHUNKS = Tile::CHUNKS, KV_CHUNKS = Tile::KV_CHUNKS,
+                       ROW_TILES = Tile::ROW_TILES, COLUMNS = Tile::COLUMNS, TILE_BYTES = Tile::TILE_BYTES;
+  static constexpr int PER_LOAD = 2 / sizeof(Stored);  // of four matrices: pairs of steps of Q K^T, columns of P V
 
   const PrefixAttentionLaunch& p;
   const int head = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -122,7 +71,11 @@ struct Attention {
 
   // Row `half` of this lane in row tile `tile`.
   __device__ __forceinline__ int row(int tile, int half) const { return 16 * tile + 8 * half + row_of_lane; }
-  __device__ __forceinline__ int column(int i) const { return (warp * COLUMNS + i) * 8 + 2 * pair_of_lane; }
+  // First of the two columns of sums[][i]: of int8 a pair of tiles holds even and odd columns until `together`.
+  __device__ __forceinline__ int column(int i) const {
+    const int tile = (warp * COLUMNS + i) * 8;
+    return SCALED ? tile - 6 * (i & 1) + 4 * pair_of_lane : tile + 2 * pair_of_lane;
+  }
   __device__ __forceinline__ float factor() const { return p.scale * 1.4426950408889634f; }
 
   // The queries of `rows`, rotated; row i of sequence rows holds token rows_token(i).
@@ -136,7 +89,12 @@ struct Attention {
         x = rotated<Element>(*reinterpret_cast<const uint4*>(from), chunk, angles_of(p, t, token_of(t, r)),
                              rotary_dims(p));
       }
-      *reinterpret_cast<uint4*>(q + swizzled<CHUNKS>(r, chunk)) = x;
+      if constexpr (SCALED) {  // pairs 0 2 4 6 1 3 5 7 of 16 dimensions: what a lane reads of such K
+        *reinterpret_cast<uint2*>(q + swizzled<CHUNKS>(r, chunk & ~1) + 8 * (chunk & 1)) = make_uint2(x.x, x.z);
+        *reinterpret_cast<uint2*>(q + swizzled<CHUNKS>(r, chunk | 1) + 8 * (chunk & 1)) = make_uint2(x.y, x.w);
+      } else {
+        *reinterpret_cast<uint4*>(q + swizzled<CHUNKS>(r, chunk)) = x;
+      }
     }
   }
 
@@ -144,20 +102,27 @@ struct Attention {
   __device__ __forceinline__ int page_of_lane(const int* table, int first, int end) const {
     return first + lane < end ? table[(first + lane) >> p.page_shift] : 0;
   }
+  // Scales of the key and the value of this lane; zeros past the end, where anything may lie.
+  __device__ __forceinline__ float2 scales_of_lane(int page, int first, int end) const {
+    if (!SCALED || first + lane >= end) return make_float2(0.f, 0.f);
+    const int place = (first + lane) & ((1 << p.page_shift) - 1);
+    const float* at = p.page_scales + page * p.page_scales_stride + ((int64_t(2 * head) << p.page_shift) + place);
+    return make_float2(at[0], at[int64_t(1) << p.page_shift]);
+  }
   // Copies of the K tile, then of the V tile: two groups. Places past the end become zeros: 0 times NaN is NaN.
   __device__ __forceinline__ void fetch(int buffer, int pages, int first, int end) const {
-    constexpr int ROWS_A_STEP = THREADS / CHUNKS;
-    const int r0 = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS, mask = (1 << p.page_shift) - 1;
+    constexpr int ROWS_A_STEP = THREADS / KV_CHUNKS;
+    const int r0 = threadIdx.x / KV_CHUNKS, chunk = threadIdx.x % KV_CHUNKS, mask = (1 << p.page_shift) - 1;
     const int64_t value = int64_t(D) << p.page_shift;
-    const Element* base = static_cast<const Element*>(p.pages) + 2 * head * value + 8 * chunk;
+    const Stored* base = static_cast<const Stored*>(p.pages) + 2 * head * value + int(16 / sizeof(Stored)) * chunk;
 #pragma unroll
     for (int kv = 0; kv < 2; ++kv) {
       char* tile = (kv ? v : k) + buffer * TILE_BYTES;
 #pragma unroll
       for (int r = r0, i = 0; i < KEYS / ROWS_A_STEP; ++i, r += ROWS_A_STEP) {
         const int64_t page = __shfl_sync(ALL, pages, r);
-        const Element* from = base + page * p.page_stride + kv * value + ((first + r) & mask) * D;
-        ptx::copy_async(tile + swizzled<CHUNKS>(r, chunk), from, first + r < end);
+        const Stored* from = base + page * p.page_stride + kv * value + ((first + r) & mask) * D;
+        ptx::copy_async(tile + swizzled<KV_CHUNKS>(r, chunk), from, first + r < end);
       }
       ptx::commit_copies();
     }
@@ -168,6 +133,8 @@ struct Attention {
     const float scale2 = factor();
     clear();
     int buffer = 0, pages = page_of_lane(table, begin, end);
+    float unit = FLT_MIN;  // of the sums: a power of two, the largest scale of a value so far / 2^14 or less
+    float2 scales = scales_of_lane(pages, begin, end), next = scales;
     fetch(0, pages, begin, end);
     pages = page_of_lane(table, begin + KEYS, end);
 #pragma unroll 1
@@ -177,26 +144,46 @@ struct Attention {
       __syncthreads();  // K is here, and everybody has left the tile before
       if (at + KEYS < end) {
         fetch(buffer ^ 1, pages, at + KEYS, end);
+        next = scales_of_lane(pages, at + KEYS, end);
         pages = page_of_lane(table, at + 2 * KEYS, end);
       } else {  // so that the count of groups is that of any other trip
         ptx::commit_copies();
         ptx::commit_copies();
       }
       float logits[ROW_TILES][4] = {};
-#pragma unroll 4
-      for (int d = 0; d < D; d += 32) {
+#pragma unroll 4 / PER_LOAD
+      for (int d = 0; d < D; d += 32 * PER_LOAD) {
         uint32_t kf[4];
-        ptx::load_matrices(kf, keys + swizzled<CHUNKS>(8 * warp + lane % 8, d / 8 + lane / 8));
+        ptx::load_matrices(kf, keys + swizzled<KV_CHUNKS>(8 * warp + lane % 8, d / (8 * PER_LOAD) + lane / 8));
 #pragma unroll
-        for (int m = 0; m < ROW_TILES; ++m)
+        for (int u = 0; u < 2 * PER_LOAD; ++u) {
+          uint32_t b0, b1;
+          if constexpr (SCALED)  // 4 dimensions of a matrix of 16, in the order of load_queries
+            b0 = integers<Element, 0x4140>(kf[u]), b1 = integers<Element, 0x4342>(kf[u]);
+          else
+            b0 = kf[2 * u], b1 = kf[2 * u + 1];
 #pragma unroll
-          for (int u = 0; u < 2; ++u) {
+          for (int m = 0; m < ROW_TILES; ++m) {
             uint32_t qf[4];
             ptx::load_matrices(qf, q + swizzled<CHUNKS>(16 * m + lane % 16, d / 8 + 2 * u + lane / 16));
-            ptx::multiply(Element(), logits[m], qf, kf[2 * u], kf[2 * u + 1]);
+            ptx::multiply(Element(), logits[m], qf, b0, b1);
           }
+        }
       }
       const int key = at + 8 * warp + 2 * pair_of_lane;
+      float2 of_keys{}, of_values{};
+      float rescale = 1.f;  // of the sums
+      if constexpr (SCALED) {
+        const int first = 8 * warp + 2 * pair_of_lane;
+        of_keys = make_float2(__shfl_sync(ALL, scales.x, first), __shfl_sync(ALL, scales.x, first + 1));
+        of_values = make_float2(__shfl_sync(ALL, scales.y, first), __shfl_sync(ALL, scales.y, first + 1));
+        float most = scales.y;
+#pragma unroll
+        for (int d = 16; d; d >>= 1) most = fmaxf(most, __shfl_xor_sync(ALL, most, d));
+        const float larger = fmaxf(unit, power_of_two(most) * 0x1p-14f), inverse = 1.f / larger;
+        rescale = unit * inverse, unit = larger;
+        of_values.x *= inverse, of_values.y *= inverse, scales = next;
+      }
 #pragma unroll
       for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
@@ -204,6 +191,7 @@ struct Attention {
           const int limit = min(end, first_limit + row(m, half));
           float& x = logits[m][2 * half];
           float& y = logits[m][2 * half + 1];
+          if constexpr (SCALED) x *= of_keys.x, y *= of_keys.y;
           if (key >= limit) x = NONE;
           if (key + 1 >= limit) y = NONE;
           float most = fmaxf(x, y);
@@ -224,11 +212,12 @@ struct Attention {
           const float x = ptx::exp2(scale2 * (logits[m][2 * half] - base));
           const float y = ptx::exp2(scale2 * (logits[m][2 * half + 1] - base));
           *reinterpret_cast<Two*>(probabilities + swizzled<KEYS / 8>(row(m, half), warp) + 4 * pair_of_lane) =
-              Pair<Element>::round(x, y);
+              SCALED ? Pair<Element>::round(x * of_values.x, y * of_values.y) : Pair<Element>::round(x, y);
           largest[m][half] = most;
           weights[m][half] = weights[m][half] * shrink + (x + y);
 #pragma unroll
-          for (int i = 0; i < COLUMNS; ++i) sums[m][i][2 * half] *= shrink, sums[m][i][2 * half + 1] *= shrink;
+          for (int i = 0; i < COLUMNS; ++i)
+            sums[m][i][2 * half] *= shrink * rescale, sums[m][i][2 * half + 1] *= shrink * rescale;
         }
       ptx::wait_copies<2>();
       __syncthreads();  // P and V are here
@@ -239,15 +228,23 @@ struct Attention {
         for (int u = 0; u < 2; ++u)
           ptx::load_matrices(pf[m][u], probabilities + swizzled<KEYS / 8>(16 * m + lane % 16, 2 * u + lane / 16));
 #pragma unroll
-      for (int i = 0; i < COLUMNS; ++i) {
+      for (int i = 0; i < COLUMNS; i += PER_LOAD) {
         uint32_t vf[4];
-        ptx::load_matrices_transposed(vf, values + swizzled<CHUNKS>(lane, warp * COLUMNS + i));
+        ptx::load_matrices_transposed(vf, values + swizzled<KV_CHUNKS>(lane, (warp * COLUMNS + i) / PER_LOAD));
 #pragma unroll
-        for (int m = 0; m < ROW_TILES; ++m)
+        for (int odd = 0; odd < PER_LOAD; ++odd) {
+          uint32_t b[4];
 #pragma unroll
-          for (int u = 0; u < 2; ++u) ptx::multiply(Element(), sums[m][i], pf[m][u], vf[2 * u], vf[2 * u + 1]);
+          for (int j = 0; j < 4; ++j)
+            b[j] = !SCALED ? vf[j] : odd ? integers<Element, 0x4341>(vf[j]) : integers<Element, 0x4240>(vf[j]);
+#pragma unroll
+          for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+            for (int u = 0; u < 2; ++u) ptx::multiply(Element(), sums[m][i + odd], pf[m][u], b[2 * u], b[2 * u + 1]);
+        }
       }
     }
+    if constexpr (SCALED) together(unit);
     largest_sums = reinterpret_cast<float*>(k + buffer * TILE_BYTES);  // the last tile lies in the other one
     across_warps();
   }
@@ -347,6 +344,24 @@ struct Attention {
   }
 
  private:
+  // Sums times their unit, with neighbouring columns in one lane.
+  __device__ __forceinline__ void together(float unit) {
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+      for (int i = 0; i < COLUMNS; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sums[m][i][j] *= unit;
+#pragma unroll
+    for (int m = 0; m < ROW_TILES; ++m)
+#pragma unroll
+      for (int i = 0; i + 1 < COLUMNS; i += 2)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float odd = sums[m][i + 1][2 * half];
+          sums[m][i + 1][2 * half] = sums[m][i][2 * half + 1], sums[m][i][2 * half + 1] = odd;
+        }
+  }
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m) {
@@ -379,40 +394,6 @@ __device__ __forceinline__ bool list_rows(const Attention<Tile>& a, int first, i
   }
   __syncthreads();
   return a.rows[0] >= 0;
-}
-
-// Sequence that brings row t.
-__device__ __forceinline__ int sequence_of(const PrefixAttentionLaunch& p, int t) {
-  int low = 0, high = int(p.N);
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    (p.queries[middle] <= t ? low : high) = middle;
-  }
-  return low;
-}
-__device__ __forceinline__ int token_of_row(const PrefixAttentionLaunch& p, int t, int n) {
-  return p.lengths[n] - (p.queries[n + 1] - t);
-}
-
-// Rotates the new keys of one row of all heads and writes them and the values to their places.
-template <class Tile>
-__device__ __forceinline__ void append(const PrefixAttentionLaunch& p, int t) {
-  using Element = typename Tile::Element;
-  constexpr int D = Tile::D, CHUNKS = Tile::CHUNKS;
-  const int n = sequence_of(p, t), token = token_of_row(p, t, n);
-  const float* angles = angles_of(p, t, token);
-  const int64_t page = p.page_table[n * p.table_width + (token >> p.page_shift)];
-  const int place = token & ((1 << p.page_shift) - 1), chunk = threadIdx.x % CHUNKS;
-  for (int head = blockIdx.y * (THREADS / CHUNKS) + threadIdx.x / CHUNKS; head < p.H;
-       head += gridDim.y * (THREADS / CHUNKS)) {
-    const int64_t from = int64_t(head) * D + 8 * chunk;
-    const uint4 key = *reinterpret_cast<const uint4*>(static_cast<const Element*>(p.k) + t * p.k_stride + from);
-    Element* to = static_cast<Element*>(p.pages) + page * p.page_stride +
-                  ((int64_t(2 * head) << p.page_shift) + place) * D + 8 * chunk;
-    *reinterpret_cast<uint4*>(to) = rotated<Element>(key, chunk, angles, rotary_dims(p));
-    *reinterpret_cast<uint4*>(to + (int64_t(D) << p.page_shift)) =
-        *reinterpret_cast<const uint4*>(static_cast<const Element*>(p.v) + t * p.v_stride + from);
-  }
 }
 
 // First launch: grid (runs x run_tiles x run_blocks + N x alone_blocks + T, H).

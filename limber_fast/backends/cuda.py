@@ -33,8 +33,6 @@ def frozen_cross_entropy_supports(request: Any) -> str:
 def prefix_attention_supports(request: Any) -> str | None:
     if request.dtype not in _DTYPES:
         return f"computes in bfloat16 and float16; got {str(request.dtype).removeprefix('torch.')}"
-    if request.page_dtype == torch.int8:
-        return "keeps keys and values in the dtype of q; got torch.int8"
     if request.D not in _HEAD_DIMENSIONS:
         return f"takes heads of 64, 128 or 256 dimensions; got {request.D}"
     if request.page_size & (request.page_size - 1):
@@ -57,11 +55,12 @@ def prefix_attention_fwd(
     part_heads = torch.empty(T, H, slots, 4, dtype=torch.float32, device=q.device)
     module.prefix_attention_fwd(
         q=_address(q), k=_address(k), v=_address(v), q_stride=q.stride(0), k_stride=k.stride(0), v_stride=v.stride(0),
-        pages=_address(pages), page_stride=pages.stride(0), T=T, N=len(lengths), H=H, D=D, page_size=pages.shape[3],
-        dtype=_DTYPES[q.dtype], queries=_address(queries), lengths=_address(lengths), page_table=_address(page_table),
-        table_width=page_table.shape[1], order=_address(order), shared=_address(shared), runs=len(shared),
-        alone=_address(private), depth=depth, positions=_address(positions), rotary=_address(rotary),
-        rotary_dims=0 if rotary is None else rotary.shape[1], scale=scale, out=_address(out),
+        pages=_address(pages), page_stride=pages.stride(0), page_scales=_address(page_scales),
+        page_scales_stride=0 if page_scales is None else page_scales.stride(0), T=T, N=len(lengths), H=H, D=D,
+        page_size=pages.shape[3], dtype=_DTYPES[q.dtype], queries=_address(queries), lengths=_address(lengths),
+        page_table=_address(page_table), table_width=page_table.shape[1], order=_address(order),
+        shared=_address(shared), runs=len(shared), alone=_address(private), depth=depth, positions=_address(positions),
+        rotary=_address(rotary), rotary_dims=0 if rotary is None else rotary.shape[1], scale=scale, out=_address(out),
         part_sums=_address(part_sums), part_heads=_address(part_heads), slots=slots, device=q.device.index,
         stream=_stream(q.device),
     )  # fmt: skip

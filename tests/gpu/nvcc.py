@@ -108,7 +108,7 @@ def emulation(stem: str, *flags: str) -> Path:
 
 
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
+DTYPES, INT8 = {"float32": 0, "bfloat16": 1, "float16": 2}, 3
 
 
 class Params(ctypes.Structure):
@@ -141,7 +141,8 @@ class Params(ctypes.Structure):
     @classmethod
     def of(cls, *, dtype: str, depth: int, device: Any = None, stream: int = 0, **values: Any) -> Params:
         kind, shift = DTYPES[dtype], values["page_size"].bit_length() - 1
-        return cls(dtype=kind, page_dtype=kind, page_shift=shift, **values)
+        stored = INT8 if values["page_scales"] else kind
+        return cls(dtype=kind, page_dtype=stored, page_shift=shift, **values)
 
 
 class PageCopy(ctypes.Structure):

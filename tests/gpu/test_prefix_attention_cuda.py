@@ -15,6 +15,8 @@ from ops.test_prefix_attention_values import Call
 from gpu.nvcc import Kernel, Launch, assembled, emulated, executed, launches, needs_nvcc, ptx_file, source
 from gpu.ptx.stats import Recorder
 from gpu.test_prefix_attention_emulated import LONG
+from gpu.test_prefix_attention_int8_emulated import LONG as INT8_LONG
+from gpu.test_prefix_attention_int8_emulated import Int8Call
 from limber_fast import prefix_attention
 from limber_fast.backends import cuda
 from limber_fast.report.aot.chips import CHIPS, occupancy
@@ -30,27 +32,33 @@ def launch_by_kernel() -> dict[str, Launch]:
     with launches(lambda launch: found.setdefault(launch.kernel, launch)):
         for dtype in (torch.bfloat16, torch.float16):
             for dims in (64, 128, 256):
-                for step in (((7, 1), (0, 1)), ((0, 40),)):  # 16 rows a block, and 32
-                    call = Call(dtype, 1, dims)
-                    sequences, queries = call.alone(step)
-                    batch = call.pool.batch(sequences, queries)
-                    prefix_attention(*call.rows(batch.tokens), call.pool.layer(0), batch, backend="cuda")
+                for step in (((0, 1), (0, 1)), ((0, 40),)):  # 16 rows a block, and 32
+                    for pool in (Call(dtype, 1, dims).pool, Int8Call(dtype, dims).pool):
+                        batch = pool.batch([pool.sequence() for _ in step], [cached + new for cached, new in step])
+                        rows = torch.zeros(3, batch.tokens, pool.storage.shape[2], dims, dtype=dtype)
+                        scales = pool.layer_scales(0)
+                        prefix_attention(*rows, pool.layer(0), batch, page_scales=scales, backend="cuda")
     return found
+
+
+def is_int8(kernel: str) -> bool:
+    return re.search(r"(bfloat16|half)aLi", kernel) is not None
 
 
 def check_gate(kernels: dict[str, Kernel], target: str) -> None:
     """No spills, products on tensor cores, copies past the registers, two blocks on an SM of up to 32 rows."""
     launched, chip = launch_by_kernel(), CHIPS[target]
-    assert launched.keys() == kernels.keys() and len(kernels) == 18
+    assert launched.keys() == kernels.keys() and len(kernels) == 36
     for name, kernel in kernels.items():
         launch = launched[name]
         blocks = occupancy(chip, kernel.registers, launch.shared, launch.threads).blocks
         rows = re.search(r"Li(\d+)ELi(\d+)", name)
-        print(f"{target} {'parts' if 'parts' in name else 'rest'} D {rows[1]} rows {rows[2]} "
-              f"{'fp16' if 'half' in name else 'bf16'}: {kernel.registers} registers, {launch.shared} bytes, "
-              f"{blocks} blocks, {kernel.opcodes.get('HMMA', 0)} HMMA")  # fmt: skip
+        kind = ("fp16" if "half" in name else "bf16") + " over int8" * is_int8(name)
+        print(f"{target} {'parts' if 'parts' in name else 'rest'} D {rows[1]} rows {rows[2]} {kind}: "
+              f"{kernel.registers} registers, {launch.shared} bytes, {blocks} blocks")  # fmt: skip
         assert kernel.stack == 0 and not kernel.opcodes.keys() & {"LDL", "STL"}, name
-        assert kernel.opcodes["HMMA"] >= 8 and kernel.opcodes["LDGSTS"] >= 4 and kernel.opcodes["LDSM"] >= 4, name
+        assert kernel.opcodes["HMMA"] >= 8 and kernel.opcodes["LDSM"] >= 4, name
+        assert kernel.opcodes["LDGSTS"] >= (2 if is_int8(name) else 4), name
         assert blocks >= 2, (name, blocks)
 
 
@@ -77,6 +85,24 @@ def test_ptx(dtype):
     assert len(kernels) == 4 and len({*kernels}) == 3
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_ptx_over_int8(dtype):
+    """The same of int8 pages, whose scales are read past shared memory."""
+    with executed("sm_80", races=True) as done:
+        Int8Call(dtype).check("cuda", step=((33, 17), (16, 0), (520, 1)))
+        Int8Call(dtype).check("cuda", prefix=48, members=((0, 1), (1, 6), (9, 1)))
+    assert len({launch.kernel for launch in done if launch.stem == STEM and is_int8(launch.kernel)}) == 3
+
+
+@pytest.mark.slow_gpu
+@pytest.mark.parametrize("target", CHIPS)
+@pytest.mark.parametrize("dims", [64, 128, 256])
+def test_ptx_over_int8_of_every_chip(target, dims):
+    for dtype in (torch.bfloat16, torch.float16):
+        with executed(target, races=True):
+            Int8Call(dtype, dims).check("cuda", **INT8_LONG["private over two"])
+
+
 def test_ptx_of_the_model_s_head():
     """D = 256 and a tile whose 32 rows are all taken, over a split."""
     with executed("sm_80", races=True):
@@ -95,16 +121,20 @@ def test_ptx_of_every_chip(target, dims, fork):
             call.check("cuda", *call.forked(*LONG[fork]))
 
 
-def test_each_key_and_value_is_read_once_for_a_group():
+@pytest.mark.parametrize("int8", [False, True])
+def test_each_key_and_value_is_read_once_for_a_group(int8):
     """Bytes that cp.async asks for, from the addresses of the executed code: tiles of 32 keys of the prefix once for
     20 members, and of what each holds alone; hardly a bank conflict."""
     recorder = Recorder()
-    call = Call(torch.bfloat16, 1, 256)
+    call = Int8Call(torch.bfloat16, 256) if int8 else Call(torch.bfloat16, 1, 256)
+    held = call.sequences("cuda", (), 128, ((15, 1),) * 20) if int8 else call.forked((128,), ((15, 1),) * 20)
+    batch = call.pool.batch(*held)
     with executed("sm_80", recorder=recorder):
-        call.check("cuda", *call.forked((128,), ((15, 1),) * 20))
+        rows, scales = call.rows(batch.tokens), call.pool.layer_scales(0)
+        prefix_attention(*rows, call.pool.layer(0), batch, page_scales=scales, backend="cuda")
     found = sum(traffic.bytes for (space, text), traffic in recorder.traffic.items()
                 if space == "global" and "cp.async" in text)  # fmt: skip
-    row = 2 * 256 * 2
+    row = rows[0].shape[1] * 2 * 256 * (1 if int8 else 2)
     assert (128 + 20 * 16) * row <= found <= (128 + 20 * 32) * row
     assert recorder.total("shared").efficiency > 0.9, recorder.worst("shared")
 

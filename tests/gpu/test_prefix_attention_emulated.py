@@ -171,7 +171,7 @@ import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import torch, cases
 from gpu.nvcc import emulated
-from gpu import test_prefix_attention_emulated as t
+from gpu import test_prefix_attention_emulated as t, test_prefix_attention_int8_emulated as i
 with emulated(3, libraries={libraries!r}):
     for dtype in t.DTYPES:
         for dims in (64, 256):
@@ -180,6 +180,8 @@ with emulated(3, libraries={libraries!r}):
                 call.check("cuda", *call.forked(*fork))
             call = t.Call(dtype, 2, dims)
             call.check("cuda", *call.alone(cases.STEPS["mixed"]))
+            for what in i.LONG.values():
+                i.Int8Call(dtype, dims).check("cuda", **what)
 print("done")
 """
     environment = os.environ | {"LD_PRELOAD": asan_runtime(), "ASAN_OPTIONS": "detect_leaks=0"}

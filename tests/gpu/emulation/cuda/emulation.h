@@ -246,6 +246,12 @@ inline unsigned __ballot_sync(unsigned, bool vote) {
   for (int lane = 0; lane < 32; ++lane) mask |= unsigned(votes[lane]) << lane;
   return mask;
 }
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t bytes = uint64_t(y) << 32 | x;
+  unsigned word = 0;
+  for (int i = 0; i < 4; ++i) word |= unsigned(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return word;
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 // Calls an entry point as ctypes asks for it.
