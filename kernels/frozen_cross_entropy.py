@@ -16,16 +16,10 @@ from limber_fast.kernels.common import LOG2E
 
 
 @triton.jit
-def other_logits(z, labels, row, first, c, C):
-    """(A row's logits of this chunk over log 2, -inf at the label and past the end; the label's, -inf elsewhere;
-    whether any is NaN or +inf.)"""
+def logits_of(z, labels, row, first, c, C):
+    """A row's logits of this chunk over log 2, -inf past the end, and which of them is the label's."""
     value = tl.load(z + row * C + c, mask=c < C, other=float("-inf")) * LOG2E
-    is_label = c + first == tl.load(labels + row)
-    bad = (value != value) | (value == float("inf"))
-    return (
-        tl.where(is_label | bad, float("-inf"), value), tl.where(is_label, value, float("-inf")),
-        tl.max(bad.to(tl.int32), 0),
-    )  # fmt: skip
+    return value, c + first == tl.load(labels + row)
 
 
 @triton.jit
@@ -46,9 +40,11 @@ def frozen_cross_entropy_chunk_kernel(
         total, of_label = tl.load(state + R + row), tl.load(state + 2 * tl.cast(R, tl.int64) + row)
     highest, label_here, invalid = tl.zeros((BLOCK,), tl.float32) + old, tl.zeros((BLOCK,), tl.float32) + of_label, 0
     for c0 in range(0, C, BLOCK):
-        value, label, bad = other_logits(z, labels, row, first, c0 + tl.arange(0, BLOCK), C)
-        highest, label_here = tl.maximum(highest, value), tl.maximum(label_here, label)
-        invalid = tl.maximum(invalid, bad)
+        value, is_label = logits_of(z, labels, row, first, c0 + tl.arange(0, BLOCK), C)
+        bad = (value != value) | (value == float("inf"))
+        highest = tl.maximum(highest, tl.where(is_label | bad, float("-inf"), value))
+        label_here = tl.maximum(label_here, tl.where(is_label, value, float("-inf")))
+        invalid = tl.maximum(invalid, tl.max(bad.to(tl.int32), 0))
     top, of_label = tl.max(highest, 0), tl.max(label_here, 0)
     shift = tl.where(top == float("-inf"), 0.0, top)
     down = 1.0 if FIRST else tl.exp2(old - shift)  # 0 where nothing came before
@@ -56,8 +52,8 @@ def frozen_cross_entropy_chunk_kernel(
     by = tl.load(lift) if HAS_GRAD else 0.0
     for c0 in range(0, padded, BLOCK):
         c = c0 + tl.arange(0, BLOCK)
-        value, _, _ = other_logits(z, labels, row, first, c, C)
-        e = tl.exp2(value - shift)
+        value, is_label = logits_of(z, labels, row, first, c, C)
+        e = tl.where(is_label, 0.0, tl.exp2(value - shift))
         sums += e
         if HAS_GRAD:
             weighted = e * (tl.load(scales + c, mask=c < C, other=0.0) * by)

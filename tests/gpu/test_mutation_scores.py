@@ -50,10 +50,17 @@ _SIZE = {
 _RANGE = {r"-1065353216; -> .*-106535321[57];": "whether a sum is within 2^64 of 1: any up to 2^126 are exact"}
 UNOBSERVABLE = {
     "info_nce_fwd_kernel": _RANGE,
+    "int8_linear_bwd_kernel": {r"^mov\.b32 %r\d+, %r\d+; ->$": "of a reduction without a block, which no launch has"},
     "int8_linear_grad_kernel": _SIZE,
     "int8_linear_quantize_kernel": _SIZE,
-    "frozen_cross_entropy_chunk_kernel": _SIZE,
-    "frozen_cross_entropy_finish_kernel": _SIZE,
+    "frozen_cross_entropy_chunk_kernel": {
+        **_SIZE,
+        r"@%p\d+ st\.global\.b32 .* -> @!": "a row's maximum and sums are the same in every lane of its warp",
+    },
+    "frozen_cross_entropy_finish_kernel": {
+        **_SIZE,
+        r"0f4B000000|0fC1B80000|, 0f00800000;": "log2 of a denormal: its argument is a sum of at least 1",
+    },
     "frozen_cross_entropy_bwd_kernel": _SIZE,
     "info_nce_finish_kernel": {
         r"add\.s32 .*, -1; -> sub": _NEVER_ZERO,
@@ -134,21 +141,21 @@ def _step(members: tuple[tuple[int, int], ...], dims: int, dtype: torch.dtype, *
 PROBLEMS = {
     "info_nce": [
         # Nothing may be read between the towers' rows.
-        _towers(shape=(250, 250, 72), gap=8),
+        _towers(shape=(130, 130, 72), gap=8),
         # The losses are so small that the last digits of every logarithm show.
-        _towers(data="converged", shape=(250, 250, 72)),
+        _towers(data="converged", shape=(130, 130, 72)),
         # Tiles done over: the zeros past the ends would be large, one tile's only element is a positive. Then maxima
         # that must not be missed; all stages of a pipeline.
-        _towers(data="opposed", shape=(249, 249, 72), scaled=0.4),
-        _towers(data="peak", shape=(250, 250, 72)),
-        _towers(data="peak_column", shape=(250, 250, 72)),
-        _towers(data="wild", shape=(250, 250, 328)),
-        _towers(data="peaks", shape=(250, 250, 72)),
-        _towers(shape=(250, 250, 72), options={"normalize": True}, scaled=3.0),
-        _towers(data="opposed", shape=(249, 249, 72), options={"normalize": True}, scaled=3.0),
-        _towers(data="peak", shape=(250, 250, 72), options={"normalize": True}, scaled=3.0),
-        _towers(data="peak_column", shape=(250, 250, 72), options={"normalize": True}, scaled=3.0),
-        _towers(shape=(250, 250, 72), options={"variant": "sigmoid"}),
+        _towers(data="opposed", shape=(129, 129, 72), scaled=0.4),
+        _towers(data="peak", shape=(130, 130, 72)),
+        _towers(data="peak_column", shape=(130, 130, 72)),
+        _towers(data="wild", shape=(130, 130, 328)),
+        _towers(data="peaks", shape=(130, 130, 72)),
+        _towers(shape=(130, 130, 72), options={"normalize": True}, scaled=3.0),
+        _towers(data="opposed", shape=(129, 129, 72), options={"normalize": True}, scaled=3.0),
+        _towers(data="peak", shape=(130, 130, 72), options={"normalize": True}, scaled=3.0),
+        _towers(data="peak_column", shape=(130, 130, 72), options={"normalize": True}, scaled=3.0),
+        _towers(shape=(130, 130, 72), options={"variant": "sigmoid"}),
     ],
     "project_concat": [
         _prompts(n_images=3, k=50, d=328, e=136, dropout_p=0.3),
@@ -173,7 +180,7 @@ PROBLEMS = {
     "frozen_cross_entropy": [
         # Several chunks of the vocabulary; maxima that must not be missed, logits beyond fp32, and losses so small that
         # the last digits of a logarithm show.
-        *(_head(shape=(31, 1000, 120), tokens=tokens) for tokens in ("", "peaks", "overflows", "sure")),
+        *(_head(shape=(33, 1000, 120), tokens=tokens) for tokens in ("", "peaks", "overflows", "sure")),
         _head(shape=(9, 250, 120), dtype=torch.float32, weight_by=8.0),
         _head(shape=(9, 250, 120), dtype=torch.float32, tokens="sure"),
     ],
