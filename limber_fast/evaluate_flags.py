@@ -70,7 +70,8 @@ def add_predictions(predict: argparse.ArgumentParser) -> None:
     vqa.add_argument("--shot-questions", type=Path, metavar="JSON", help="where shots are drawn from")
     vqa.add_argument("--shot-annotations", type=Path, metavar="JSON", help="their annotations")
     vqa.add_argument("--shot-images", type=Path, metavar="DIR", help="folder of their images")
-    for task, longest in ((caption, 100), (vqa, 10)):
+    vqa.add_argument("--captions", type=Path, nargs="+", default=[], metavar="JSON", help="COCO captions of the images")
+    for task, longest, kinds in ((caption, 100, 2), (vqa, 10, 3)):
         task.add_argument(
             "--limber", type=Path, required=True, metavar="MAP",
             help="what `train-limber` saved, or LiMBeR's proj.ckpt (with --encoder)",
@@ -83,8 +84,9 @@ def add_predictions(predict: argparse.ArgumentParser) -> None:
         task.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of the image files")
         task.add_argument("--output", type=Path, required=True, metavar="JSON", help="predictions, for `evaluate`")
         task.add_argument(
-            "--control", choices=("blind", "shuffled"), help="black images, or each question another one's image"
-        )
+            "--control", choices=("blind", "shuffled", "oracle")[:kinds],
+            help="black images, another question's image" + ", or images told in words by --captions" * (kinds == 3),
+        )  # fmt: skip
         task.add_argument("--decoding", choices=("greedy", "limber"), default="greedy", help="(default: %(default)s)")
         task.add_argument("--max-new-tokens", type=positive(int), default=longest, metavar="N", help="(%(default)s)")
         task.add_argument("--batch-size", type=positive(int), default=32, help="images at a time (%(default)s)")

@@ -18,9 +18,11 @@ from limber_fast.data.captions import read_coco_captions, read_nocaps
 from limber_fast.data.index import BrokenIndex
 from limber_fast.data.pictures import Skipped
 from limber_fast.data.questions import COCO_FILE, read_vqa
-from limber_fast.evaluation.controls import majority_answer, shuffled_images
+from limber_fast.evaluation.controls import majority_answer, shuffled_images, text_oracle_prompts
 from limber_fast.models.encoders import encoder as make_encoder
 from limber_fast.models.encoders import weights_of
+from limber_fast.models.gptj_attention import Prefix
+from limber_fast.models.limber import DECODING
 from limber_fast.models.tokenizer import pretrained_tokenizer
 
 FAILED = 1
@@ -39,14 +41,14 @@ def main(args: argparse.Namespace, console: Console) -> int | None:
         records, shots = _records(args), list(_shots(args, skipped))
         if not records:
             raise BrokenIndex("no images are named")
+        told = _told(args, [*records, *(shot for _, shot, _ in shots)])
         if args.control == "shuffled":
             readable = [record for _, record in skipped.open(records)]
             others = shuffled_images([record.image for record in readable], args.seed)
             records = [dataclasses.replace(x, image=image) for x, image in zip(readable, others, strict=True)]
         limber = load(args)
-        room = max(32, args.batch_size) * _ROOM
-        with limber.prefix(shots, room=room) if shots else nullcontext() as prefix:
-            said = list(_said(limber, records, prefix, args, skipped, console))
+        with _prefix(limber, shots, told, max(32, args.batch_size) * _ROOM) if shots else nullcontext() as prefix:
+            said = list(_said(limber, records, told, prefix, args, skipped, console))
     except ValueError as error:  # a broken index, or files that do not fit each other
         console.error(str(error))
         return FAILED
@@ -85,7 +87,21 @@ def _records(args: argparse.Namespace) -> list[Any]:
     return list((read_nocaps if args.nocaps else read_coco_captions)(args.references, args.images))
 
 
-def _shots(args: argparse.Namespace, skipped: Skipped) -> Iterator[tuple[Image.Image, str, str]]:
+def _told(args: argparse.Namespace, records: Sequence[Any]) -> dict[int, str]:
+    """What an annotator said of each image, in the place of the image: the text oracle."""
+    if args.control != "oracle":
+        return {}
+    if not args.captions:
+        raise checks.invalid(_OP, "--control oracle", "come with --captions", "none")
+    read = (record for path in args.captions for record in read_coco_captions(path, args.images))
+    found = {record.image_id: record.captions[0].strip() for record in read if record.captions}
+    if missing := [record.image_id for record in records if record.image_id not in found]:
+        files_read = ", ".join(map(str, args.captions))
+        raise BrokenIndex(f"{files_read}: no caption of image {missing[0]}, which is asked about")
+    return found
+
+
+def _shots(args: argparse.Namespace, skipped: Skipped) -> Iterator[tuple[Image.Image, Any, str]]:
     """Random questions with the answer that most annotators gave."""
     if not getattr(args, "shots", 0):
         return
@@ -100,12 +116,21 @@ def _shots(args: argparse.Namespace, skipped: Skipped) -> Iterator[tuple[Image.I
         image, shot = next(found, (None, None))
         if shot is None:
             raise BrokenIndex(f"{args.shot_questions}: {args.shots} shots asked for, {shown} can be shown")
-        yield image, shot.question, majority_answer(shot.answers)
+        yield image, shot, majority_answer(shot.answers)
+
+
+def _prefix(limber: Limber, shots: Sequence[tuple[Image.Image, Any, str]], told: dict[int, str], room: int) -> Prefix:
+    if not told:
+        return limber.prefix([(image, shot.question, answer) for image, shot, answer in shots], room=room)
+    prompts = text_oracle_prompts([told[x.image_id] for _, x, _ in shots], [x.question for _, x, _ in shots])
+    answered = [f"{prompt} {answer}\n" for prompt, (_, _, answer) in zip(prompts, shots, strict=True)]
+    return limber.language_model.prefix(limber.token_ids(answered, 0), room=room)
 
 
 def _said(
-    limber: Limber, records: Sequence[Any], prefix: Any, args: argparse.Namespace, skipped: Skipped, console: Console
-) -> Iterator[dict[str, Any]]:
+    limber: Limber, records: Sequence[Any], told: dict[int, str], prefix: Prefix | None, args: argparse.Namespace,
+    skipped: Skipped, console: Console,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
     (key, value), count = _KEYS[args.task], 0
     how = {name: getattr(args, name) for name in ("decoding", "max_new_tokens", "batch_size")}
     with console.progress("predicting", len(records)) as update:
@@ -116,10 +141,24 @@ def _said(
                 if args.control == "blind":
                     images = [Image.new("RGB", image.size) for image in images]
                 how["seed"] = args.seed + count  # every text draws as it would in one call
-                if args.task == "vqa":
+                if told:
+                    texts = _oracle(limber, [told[x.image_id] for x in asked], [x.question for x in asked], prefix, how)
+                elif args.task == "vqa":
                     texts = limber.answer(images, [one.question for one in asked], prefix=prefix, **how)
                 else:
                     texts = limber.caption(images, args.prompt, **how)
                 count += len(texts)
                 yield from ({key: getattr(x, key), value: text} for x, text in zip(asked, texts, strict=True))
             update(start + len(some))
+
+
+def _oracle(
+    limber: Limber, descriptions: Sequence[str], questions: Sequence[str], prefix: Prefix | None, how: dict[str, Any]
+) -> list[str]:
+    """The language model's answers alone, as `Limber.answer` would ask for them."""
+    prompts = [limber.token_ids([text], 0) for text in text_oracle_prompts(descriptions, questions)]
+    said = limber.language_model.generate(
+        prompts, tokenizer=limber.tokenizer, prefix=prefix, stop_strings="\n", seed=how["seed"],
+        max_new_tokens=how["max_new_tokens"], **DECODING[how["decoding"]],
+    )  # fmt: skip
+    return [text.strip() for text in said.texts]

@@ -17,6 +17,7 @@ from limber_fast import GPTJ, GPTJConfig, Limber, cli  # noqa: E402
 from limber_fast.models.encoders import encoder  # noqa: E402
 
 COLOURS = ("red", "lime", "blue", "cyan", "gray")
+ASKED = ("what?", "why not?")
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def world(tmp_path):
     captions = [{"image_id": i, "caption": f"all {colour}"} for i, colour in enumerate(COLOURS)]
     write(tmp_path / "references.json", {"images": images, "annotations": captions})
     asked = [{"question_id": 10 * i + j, "image_id": i, "question": q} for i in range(5)
-             for j, q in enumerate(("what?", "why not?"))]  # fmt: skip
+             for j, q in enumerate(ASKED)]  # fmt: skip
     write(tmp_path / "questions.json", {"data_subtype": "val2014", "questions": asked})
     answers = [{"answer": "yes"}, {"answer": "no"}, {"answer": "yes"}]
     write(tmp_path / "annotations.json", {"annotations": [
@@ -85,7 +86,7 @@ def test_answers_behind_shots(world, tmp_path, monkeypatch):
     limber, pictures, flags = world
     questions = ("--questions", tmp_path / "questions.json")
     code, said = predict(tmp_path, "vqa", *questions, *flags)
-    expected = [limber.answer([x], [q], max_new_tokens=8)[0] for x in pictures for q in ("what?", "why not?")]
+    expected = [limber.answer([x], [q], max_new_tokens=8)[0] for x in pictures for q in ASKED]
     assert code == 0 and [x["answer"] for x in said] == expected
     assert [x["question_id"] for x in said] == [10 * i + j for i in range(4) for j in range(2)]
     shots = ("--shots", 2, "--shot-questions", tmp_path / "questions.json", "--shot-annotations",
@@ -98,6 +99,26 @@ def test_answers_behind_shots(world, tmp_path, monkeypatch):
     assert cli.main(["evaluate", "vqa", str(tmp_path / "said.json"), "--questions", str(tmp_path / "questions.json"),
                      "--annotations", str(tmp_path / "annotations.json"), "--images", str(tmp_path), "--subset",
                      "--output", str(tmp_path / "out")]) == 0  # fmt: skip
+
+
+def test_the_language_model_is_told_in_words(world, tmp_path):
+    limber, _, flags = world
+    flags = ("vqa", "--questions", tmp_path / "questions.json", *flags, "--control", "oracle", "--captions",
+             tmp_path / "references.json")  # fmt: skip
+    options = {"max_new_tokens": 8, "stop_strings": "\n", "tokenizer": limber.tokenizer}
+
+    def answers(shown=""):
+        texts = [f"{shown}all {colour} Q: {question} A:" for colour in COLOURS[:4] for question in ASKED]
+        prompts = [limber.tokenizer(text).input_ids for text in texts]
+        return [limber.language_model.generate([x], **options).texts[0].strip() for x in prompts]
+
+    code, said = predict(tmp_path, *flags)
+    assert code == 0 and [x["answer"] for x in said] == answers() and len(set(answers())) > 1
+    shots = ("--shots", 1, "--shot-questions", tmp_path / "questions.json", "--shot-annotations",
+             tmp_path / "annotations.json", "--shot-images", tmp_path)  # fmt: skip
+    code, said = predict(tmp_path, *flags, *shots)
+    shown = {tuple(answers(f"all {colour} Q: {question} A: yes\n")) for colour in COLOURS for question in ASKED}
+    assert code == 0 and tuple(x["answer"] for x in said) in shown
 
 
 def test_a_released_map_needs_its_encoder(world, tmp_path, capsys):
@@ -114,6 +135,8 @@ def test_a_released_map_needs_its_encoder(world, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [(("--shots", 2), "--shots must come with --shot-questions"),
+     (("--control", "oracle"), "--control oracle must come with --captions"),
+     (("--control", "oracle", "--captions", "few.json"), "few.json: no caption of image 1, which is asked about"),
      (("--file-name", "{x}"), "file_name must be a pattern"),
      (("--file-name", "{image_id.x}"), "file_name must be a pattern"),
      (("--limber", "nowhere"), "nowhere: no such file or folder"),
@@ -122,6 +145,9 @@ def test_a_released_map_needs_its_encoder(world, tmp_path, capsys):
 )  # fmt: skip
 def test_bad_input_is_one_line_and_writes_nothing(world, tmp_path, capsys, change, message):
     _, _, flags = world
+    few = {"images": [{"id": 0, "file_name": "a.jpg"}], "annotations": [{"image_id": 0, "caption": "all red"}]}
+    write(tmp_path / "few.json", few)
+    change = [tmp_path / x if x == "few.json" else x for x in change]
     assert predict(tmp_path, "vqa", "--questions", tmp_path / "questions.json", *flags, *change) == (1, None)
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
