@@ -168,19 +168,27 @@ class ClipTrainer:
     def run(self, folder: Path, watch: Watch = lambda step, values: None) -> bool:
         """Train to the last step or to Ctrl-C; `checkpoint.pt` and `train.csv` in `folder` are then up to date.
 
+        A step in which a process has no readable picture is left out by all; this too the batches alone decide.
+
         Returns: True at the last step, False when interrupted.
         Raises: ValueError for a batch without one readable picture; FloatingPointError where the loss is not finite.
         """
         self.model.train()
         batches = self.batches()
         with InterruptGuard() as guard:
-            while self.step < self.config.steps and not self._asked_by_any(guard.requested):
+            while self.step < self.config.steps:
                 started = time.perf_counter()
                 batch, broken = next(batches)
                 self.skipped |= {x.name: x.reason for x in broken}
-                if batch is None:
+                stop, without = self._how_many(guard.requested, batch is None)
+                if stop:
+                    break
+                if without == ranks()[1]:
                     raise checks.invalid("train-clip", "data", "have a readable picture in every batch", f"none of "
                                          f"{len(broken)} at step {self.step}, the first {broken[0].name}")  # fmt: skip
+                if without:
+                    self.step += 1
+                    continue
                 values = self.train_step(batch)
                 if not math.isfinite(values["loss"]):
                     raise FloatingPointError(f"train-clip: the loss is {values['loss']} at step {self.step}; the last "
@@ -194,13 +202,13 @@ class ClipTrainer:
             self.save(folder)
         return self.step >= self.config.steps
 
-    def _asked_by_any(self, requested: bool) -> bool:
-        """Whether a process was asked to stop: all stop after the same step, or those left would wait for ever."""
-        if ranks()[1] == 1:
-            return requested
-        flag = torch.tensor([float(requested)], device=self.device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
+    def _how_many(self, requested: bool, empty: bool) -> list[int]:
+        """Processes that were asked to stop, and that have nothing to train on: all decide alike, or those left would
+        wait for ever."""
+        flags = torch.tensor([requested, empty], dtype=torch.int32, device=self.device)
+        if ranks()[1] > 1:
+            dist.all_reduce(flags)
+        return flags.tolist()
 
     def save(self, folder: Path) -> None:
         """checkpoint.pt and train.csv, by the first process alone."""

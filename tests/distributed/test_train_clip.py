@@ -113,6 +113,16 @@ def test_broken_pictures_leave_unequal_batches(ranks, tiny, tmp_path):
     assert sorted(name.rpartition("/")[2] for name in skipped) == ["1.png", "7.png"]
 
 
+def test_a_step_that_leaves_a_process_nothing_is_left_out_by_all(ranks, tiny, tmp_path):
+    limber_folder(tmp_path / "data", broken={5})
+    settings = {**SMALL, "model": tiny, "data": str(tmp_path / "data"), "batch_size": 2, "steps": 6}  # one epoch
+    first, second = ranks.run(2, train, settings, tmp_path)
+    assert all(torch.equal(first[0][name], second[0][name]) for name in first[0])
+    assert [name.rpartition("/")[2] for name in first[1] | second[1]] == ["5.png"]
+    state = load_checkpoint(tmp_path / "checkpoint.pt", CLIP)
+    assert state["step"] == 6 and {int(x["step"]) for x in state["optimizer"]["state"].values()} == {5}
+
+
 def test_workers_change_nothing(tiny, tmp_path):
     settings = {**SMALL, "model": tiny, "steps": 3}
     (a, _), (b, _) = (train(0, 1, {**settings, "workers": workers}, tmp_path) for workers in (0, 1))
