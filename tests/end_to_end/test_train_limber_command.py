@@ -101,7 +101,7 @@ def test_tensorboard_has_every_column(config, tmp_path):
 
 
 def test_command_survives_being_killed(config, tmp_path):
-    config = dataclasses.replace(config, steps=400, save_every=3)
+    config = dataclasses.replace(config, steps=120, save_every=3)
     process = subprocess.Popen(command(config), stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, cwd=tmp_path)
     checkpoint = tmp_path / "out" / "checkpoint.pt"
     deadline = time.monotonic() + 300
@@ -119,10 +119,17 @@ def test_command_survives_being_killed(config, tmp_path):
     process.send_signal(signal.SIGINT)
     rest = process.communicate(timeout=120)[0]
     state = load_checkpoint(checkpoint, LIMBER)
-    assert process.returncode == (130 if state["step"] < 400 else 0), rest
+    assert process.returncode == (130 if state["step"] < 120 else 0), rest
     assert state["step"] > step and not list((tmp_path / "out").glob(".*"))
     with open(tmp_path / "out" / "train.csv", encoding="utf-8") as file:
         assert int(list(csv.DictReader(file))[-1]["step"]) == state["step"]
+    # To the end, and at once: the same bits.
+    whole = dataclasses.replace(config, save_every=1000, output=str(tmp_path / "whole"))
+    for arguments in (ours, command(whole)):
+        done = subprocess.run(arguments, capture_output=True, text=True, timeout=600, env=ENVIRONMENT, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    ends = [load_checkpoint(tmp_path / name / "checkpoint.pt", LIMBER)["parameters"] for name in ("out", "whole")]
+    assert all(map(torch.equal, *ends))
 
 
 def test_command_ends_in_a_map_that_loads(config, tmp_path):
