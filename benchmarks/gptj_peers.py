@@ -22,7 +22,7 @@ NOT_INSTALLED = "not installed: make bench-peers"
 
 @lru_cache(maxsize=1)
 def ours(layers: int) -> GPTJ:
-    return GPTJ.from_config(GPTJConfig(n_layer=layers), seed=0)
+    return GPTJ.from_config(GPTJConfig(n_layer=layers), seed=0, embedding="int8")
 
 
 def transformers_model(model: GPTJ) -> Any:
@@ -36,7 +36,7 @@ def transformers_model(model: GPTJ) -> Any:
     rotary = theirs.transformer.rotary_emb
     theirs.transformer.rotary_emb = type(rotary)(config)  # a buffer that no checkpoint holds
     width = config.n_embd
-    theirs.transformer.wte.weight.data = model.wte
+    theirs.transformer.wte.weight.data = model.embed(torch.arange(config.vocab_size))
     for block, own in zip(theirs.transformer.h, model.h, strict=True):
         qkv = own.qkv.weight.dequantize(torch.bfloat16).split(width)
         for part, weight in zip("qkv", qkv, strict=True):

@@ -8,7 +8,6 @@ from itertools import islice, takewhile
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from limber_fast import checks
@@ -150,7 +149,7 @@ class ContinuousBatch:
                 request.take(list(islice(tokens, 1 + len(request.draft))))
 
     def _embedded(self, tokens: list[int]) -> Tensor:
-        return F.embedding(torch.tensor(tokens, device=self.model.device), self.model.wte)
+        return self.model.rows_of(torch.tensor(tokens, device=self.model.device))
 
     def _drop(self, request: Request) -> None:
         """Takes out a request that is done; what was computed stays in the tree."""

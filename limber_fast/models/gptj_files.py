@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from limber_fast import checks
-from limber_fast.models.gptj_layers import KV_CACHES
+from limber_fast.models.gptj_layers import KINDS
 from limber_fast.models.gptj_weights import BNB_SCALES, Filling, full_name, put
 from limber_fast.ops.int8_weight import _huge_pages, in_file
 
@@ -145,7 +145,7 @@ def save(model: nn.Module, folder: Path) -> None:
     data = folder / f"limber_fast-{uuid.uuid4().hex}.safetensors"
     config = folder / f".config.json.{uuid.uuid4().hex}"
     facts = {"format": FORMAT, "layout": LAYOUT, "file": data.name, "weights": how.weights, "compute": how.compute,
-             "outlier_threshold": how.outlier_threshold, "kv_cache": how.kv_cache,
+             "outlier_threshold": how.outlier_threshold, "kv_cache": how.kv_cache, "embedding": how.embedding,
              "dtype": str(model.dtype).removeprefix("torch.")}  # fmt: skip
     try:
         _write_tensors(data, _tensors_of(model))
@@ -180,7 +180,7 @@ def _flush(file: Any) -> None:
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """A safetensors file, streamed: safetensors' own writer would hold a second copy of everything. Large tensors come
     first and start on pages."""
-    shapes = {name: in_file(x.to("meta")) for name, x in tensors.items()}
+    shapes = {name: _stored(name, x.to("meta")) for name, x in tensors.items()}
     names = sorted(shapes, key=lambda name: (-shapes[name].nbytes // _ALIGNMENT, name))
     kinds = {torch.int8: "I8", torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32",
              torch.float64: "F64"}  # fmt: skip
@@ -195,8 +195,13 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            file.write(in_file(tensors[name]).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            x = _stored(name, tensors[name]).detach().cpu().contiguous()
+            file.write(x.reshape(-1).view(torch.uint8).numpy().data)
         _flush(file)
+
+
+def _stored(name: str, x: Tensor) -> Tensor:
+    return in_file(x) if name.endswith("packed") else x
 
 
 def saved_facts(folder: Path, found: dict[str, Any]) -> dict[str, Any] | None:
@@ -210,9 +215,10 @@ def saved_facts(folder: Path, found: dict[str, Any]) -> dict[str, Any] | None:
     checks.choice(source, "dtype", facts.get("dtype"), tuple(_DTYPES))
     data = _member(folder, facts.get("file"), folder / "config.json")
     kept = {name: facts.get(name) for name in ("weights", "compute", "outlier_threshold")}
-    kv_cache = facts.get("kv_cache", "float")  # older files do not name it
-    checks.choice(source, "kv_cache", kv_cache, KV_CACHES)
-    return {**kept, "kv_cache": kv_cache, "dtype": _DTYPES[facts["dtype"]], "data": data}
+    for name in ("kv_cache", "embedding"):
+        kept[name] = facts.get(name, "float")  # older files do not name it
+        checks.choice(source, name, kept[name], KINDS)
+    return {**kept, "dtype": _DTYPES[facts["dtype"]], "data": data}
 
 
 def load(model: nn.Module, data: Path, mmap: bool, device: torch.device | str | None) -> None:

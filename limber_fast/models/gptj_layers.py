@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from limber_fast import checks
 from limber_fast.models.gptj_config import GPTJConfig
 from limber_fast.ops.int8_linear import int8_linear, unchecked_int8_linear
 from limber_fast.ops.int8_weight import Int8Weight
 
-KV_CACHES = ("float", "int8")
+_OP = "GPTJ"
+KINDS, COMPUTE = ("float", "int8"), ("w8a16", "w8a8")
 
 
 @dataclass
@@ -24,6 +26,7 @@ class Precision:
         weights: 'int8' or 'float'. dtype: of activations, and of weights in floating point.
         compute, outlier_threshold: of `limber_fast.int8_linear`.
         kv_cache: 'float', keys and values in the activations' dtype, or 'int8'.
+        embedding: 'float', rows in the activations' dtype, or 'int8', each with a scale of its own.
     """
 
     weights: str = "int8"
@@ -31,6 +34,14 @@ class Precision:
     compute: str = "w8a16"
     outlier_threshold: float = 6.0
     kv_cache: str = "float"
+    embedding: str = "float"
+
+    def __post_init__(self) -> None:
+        for name in ("weights", "kv_cache", "embedding"):
+            checks.choice(_OP, name, getattr(self, name), KINDS)
+        checks.choice(_OP, "compute", self.compute, COMPUTE)
+        checks.not_negative(_OP, "outlier_threshold", self.outlier_threshold)
+        checks.model_dtype(_OP, self.dtype)
 
 
 class FrozenLinear(nn.Module):

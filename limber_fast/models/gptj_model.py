@@ -15,7 +15,7 @@ from limber_fast import checks
 from limber_fast.models.gptj_attention import KVCache, cached_attention, rotations
 from limber_fast.models.gptj_causal import differentiable_attention
 from limber_fast.models.gptj_config import GPTJConfig
-from limber_fast.models.gptj_layers import KV_CACHES, Adapter, Block, FrozenLayerNorm, FrozenLinear, Precision
+from limber_fast.models.gptj_layers import COMPUTE, KINDS, Adapter, Block, FrozenLayerNorm, FrozenLinear, Precision
 from limber_fast.models.gptj_weights import small_normal_
 from limber_fast.ops.frozen_cross_entropy import frozen_cross_entropy
 from limber_fast.ops.int8_weight import Int8Weight
@@ -57,17 +57,14 @@ class FrozenGPTJ(nn.Module):
 
     def __init__(
         self, config: GPTJConfig, *, weights: str = "int8", compute: str = "w8a16", outlier_threshold: float = 6.0,
-        kv_cache: str = "float", dtype: torch.dtype = torch.bfloat16, device: torch.device | str | None = None,
+        kv_cache: str = "float", embedding: str = "float", dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        checks.choice(_OP, "weights", weights, ("int8", "float"))
-        checks.choice(_OP, "compute", compute, ("w8a16", "w8a8"))
-        checks.not_negative(_OP, "outlier_threshold", outlier_threshold)
-        checks.choice(_OP, "kv_cache", kv_cache, KV_CACHES)
-        checks.model_dtype(_OP, dtype)
-        self.config, self.precision = config, Precision(weights, dtype, compute, outlier_threshold, kv_cache)
-        width = config.n_embd
-        self.register_buffer("wte", torch.empty(config.vocab_size, width, dtype=dtype, device=device))
+        self.config, self.precision = config, Precision(weights, dtype, compute, outlier_threshold, kv_cache, embedding)
+        (rows, width), rounded = (config.vocab_size, config.n_embd), embedding == "int8"
+        self.register_buffer("wte", torch.empty(rows, width, dtype=torch.int8 if rounded else dtype, device=device))
+        self.register_buffer("wte_scales", torch.empty(rows, device=device) if rounded else None)
         self.h = nn.ModuleList(Block(config, self.precision, device) for _ in range(config.n_layer))
         self.ln_f = FrozenLayerNorm(width, config.layer_norm_epsilon, dtype, device)
         self.lm_head = FrozenLinear(config.vocab_size, width, True, self.precision, device)
@@ -76,7 +73,7 @@ class FrozenGPTJ(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.wte.dtype
+        return self.ln_f.weight.dtype
 
     @property
     def device(self) -> torch.device:
@@ -88,7 +85,7 @@ class FrozenGPTJ(nn.Module):
 
     @compute.setter
     def compute(self, value: str) -> None:
-        checks.choice(_OP, "compute", value, ("w8a16", "w8a8"))
+        checks.choice(_OP, "compute", value, COMPUTE)
         self.precision.compute = value
         self._forget()
 
@@ -98,7 +95,7 @@ class FrozenGPTJ(nn.Module):
 
     @kv_cache.setter
     def kv_cache(self, value: str) -> None:
-        checks.choice(_OP, "kv_cache", value, KV_CACHES)
+        checks.choice(_OP, "kv_cache", value, KINDS)
         self.precision.kv_cache = value
 
     @property
@@ -156,9 +153,13 @@ class FrozenGPTJ(nn.Module):
         return KVCache.for_tokens(self.config, [capacity] * batch, self.kv_dtype, self.device)
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Rows of `wte`: ids [...] -> [..., E]."""
+        """Rows of the embedding: ids [...] -> [..., E]."""
         checks.ids_in_vocabulary(_OP, "input_ids", input_ids, self.config.vocab_size)
-        return F.embedding(input_ids, self.wte)
+        return self.rows_of(input_ids)
+
+    def rows_of(self, ids: Tensor) -> Tensor:
+        found = F.embedding(ids, self.wte)
+        return found if self.wte_scales is None else (found * self.wte_scales[ids][..., None]).to(self.dtype)
 
     def forward(
         self,

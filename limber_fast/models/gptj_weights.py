@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from limber_fast import checks
 from limber_fast.models.gptj_config import GPTJConfig
-from limber_fast.ops.int8_weight import BLOCK, Int8Weight, quantize_int8
+from limber_fast.ops.int8_weight import BLOCK, Int8Weight, quantize_int8, rounded_rows
 
 # Masks and constants that some versions stored; they hold nothing that was learnt.
 OBSOLETE = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias|embed_positions)|transformer\.rotary_emb\..*")
 # bitsandbytes' int8 layers: integers under the weight's name, 127 times the scale of each row under SCB.
 BNB_SCALES, BNB_FORMAT = ".SCB", ".weight_format"
 _ROWS = 1024  # of integers whose sums are taken at a time
+_UNIFORM = math.sqrt(127 * 128 / 3)  # the standard deviation of uniform integers within -127..127
 
 
 def sources(config: GPTJConfig) -> dict[str, tuple[str, ...]]:
@@ -127,13 +129,19 @@ class Filling:
         owner = self.model.get_submodule(path)
         held = getattr(owner, name)
         if isinstance(held, Int8Weight):
-            try:
-                value = quantize_int8([part.to(self.device) for part in parts])
-            except ValueError as error:  # NaN or Inf
-                raise ValueError(f"{self.source}: {self.shown(self.groups[target][0])!r}: {error}") from error
+            value = self._rounded(target, quantize_int8, [part.to(self.device) for part in parts])
+        elif held.dtype == torch.int8:
+            value, scales = self._rounded(target, rounded_rows, "GPTJ", parts[0].to(self.device))
+            put(owner, f"{name}_scales", scales)
         else:
             value = torch.cat([part.detach().to(self.device, held.dtype) for part in parts])
         put(owner, name, value)
+
+    def _rounded(self, target: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except ValueError as error:  # NaN or Inf
+            raise ValueError(f"{self.source}: {self.shown(self.groups[target][0])!r}: {error}") from error
 
     def done(self) -> nn.Module:
         self.check_names(set(self.expected) - self.missing)
@@ -154,6 +162,9 @@ def randomise(model: nn.Module, seed: int, device: torch.device | str | None = N
         held = getattr(owner, name)
         if isinstance(held, Int8Weight):
             value = _random_int8(*held.shape, std, generator)
+        elif held.dtype == torch.int8:
+            value = torch.empty_like(held, device=generator.device).random_(-127, 128, generator=generator)
+            put(owner, f"{name}_scales", torch.full((len(held),), std / _UNIFORM, device=generator.device))
         else:
             value = torch.empty_like(held, device=generator.device)
             if isinstance(held, nn.Parameter):
@@ -180,5 +191,5 @@ def _random_int8(n: int, k: int, std: float, generator: torch.Generator) -> Int8
         q = part.float()
         weight.row_sums[at * _ROWS : at * _ROWS + len(q)] = q.sum(1)
         weight.column_sums += q.sum(0).int()
-    weight.scales.fill_(std / math.sqrt(127 * 128 / 3))  # uniform integers within -127..127 have that variance
+    weight.scales.fill_(std / _UNIFORM)
     return weight

@@ -142,11 +142,12 @@ class LimberModel(nn.Module):
     def _embed(self, features: Tensor, ids: Tensor, dropout: float = 0.0, seed: int | None = None) -> Tensor:
         """[T] ids and the pictures' features to [T, E], in one launch."""
         model, norm = self.language_model, self.layer_norm
+        words = model.wte if model.wte_scales is None else (model.wte, model.wte_scales)
         features, weight, bias = (
             x.to(model.device, model.dtype) for x in (features, self.projection.weight, self.projection.bias)
         )
         return project_concat(
-            features, weight, bias, ids[None], model.wte, image_token_id=self.image_token_id,
+            features, weight, bias, ids[None], words, image_token_id=self.image_token_id,
             dropout_p=dropout, seed=seed,
             layer_norm=None if norm is None else (norm.weight, norm.bias, norm.eps),
         )[0]  # fmt: skip

@@ -165,6 +165,16 @@ def _huge_pages(x: Tensor) -> Tensor:
     return x
 
 
+def rounded_rows(op: str, x: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+    """int8 and fp32 scales of the rows of x [N, K], as `quantize_int8` has them; `first`: the number of x's first."""
+    absmax = torch.maximum(x.amax(1), -x.amin(1))
+    checks.finite_weight(op, absmax, first)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    scales = (absmax.to(wide) / 127).float()
+    divisor = torch.where(scales == 0, torch.inf, scales).to(wide)
+    return (x.to(wide) / divisor[:, None]).round_().clamp_(-127, 127).to(torch.int8), scales
+
+
 def quantize_int8(weight: Tensor | Sequence[Tensor]) -> Int8Weight:
     """Rounds a weight to int8 with one absmax scale per output channel, and packs it for the kernels.
 
@@ -194,12 +204,7 @@ def quantize_int8(weight: Tensor | Sequence[Tensor]) -> Int8Weight:
     at = 0
     for matrix in matrices:
         for part in matrix.detach().split(max(1, _ROWS_AT_ONCE // k)):
-            absmax = torch.maximum(part.amax(1), -part.amin(1))
-            checks.finite_weight(op, absmax, at)
-            wide = torch.float64 if part.dtype == torch.float64 else torch.float32
-            scales = (absmax.to(wide) / 127).float()
-            divisor = torch.where(scales == 0, torch.inf, scales).to(wide)
-            q = (part.to(wide) / divisor[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+            q, scales = rounded_rows(op, part, at)
             if blocks is None:
                 result.packed[at : at + len(part), :k] = q
             else:  # [ceil(N / 32), 32, K groups]: one row of q along the last dimension

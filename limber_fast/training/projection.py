@@ -65,7 +65,8 @@ def least_squares(limber: Limber, features: Tensor, drawings: Drawings, penalty:
 
     min sum |P_j x + b - wte[token_j]|^2 + penalty * N * |P_j|^2 over N drawings, for every j in closed form.
     """
-    embeddings, known = limber.language_model.wte.float(), concepts()
+    model, known = limber.language_model, concepts()
+    embeddings = model.embed(torch.arange(model.config.vocab_size, device=model.device)).float()
     ids = {i: limber.tokenizer(f" {known[i].name}").input_ids for i in set(drawings.concept.tolist())}
     wanted = embeddings[torch.tensor([soft_tokens(ids[i]) for i in drawings.concept.tolist()])]  # [N, k, E]
     bias = wanted.mean((0, 1))  # the prompts share one b

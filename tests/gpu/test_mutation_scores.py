@@ -47,7 +47,7 @@ _SIZE = {
     r"setp\.lt\.s32 (.*), 1; -> setp\.(le\.s32 \1, 1|lt\.s32 \1, [02]);": "a size is at least 1; 1 is another build",
     r"setp\.gt\.s32 (.*), 0; -> setp\.(ge\.s32 \1, 0|gt\.s32 \1, (1|-1));": "a size is at least 1; 1 is another build",
 }
-_RANGE = {r"-1065353216; -> .*-106535321[57];": "whether a sum is within 2^64 of 1: any up to 2^126 are exact"}
+_RANGE = {r"-?1065353216\b.* -> .*106535321[57]\b": "whether a sum is within 2^64 of 1: any up to 2^126 are exact"}
 UNOBSERVABLE = {
     "info_nce_fwd_kernel": _RANGE,
     "int8_linear_bwd_kernel": {r"^mov\.b32 %r\d+, %r\d+; ->$": "of a reduction without a block, which no launch has"},

@@ -169,7 +169,7 @@ def test_bin_files_need_a_torch_whose_unpickler_is_safe(folders, monkeypatch):
         (lambda x: x.update(dtype="int3"), "dtype must be one of 'bfloat16'.*got 'int3'"),
         (lambda x: x.update(kv_cache=3), "config.json: kv_cache must be one of 'float', 'int8'; got 3"),
         (lambda x: x.update(weights="float"), "the file must hold this model's tensors alone|must be bfloat16"),
-        (lambda x: x.update(weights="int3"), "weights must be one of 'int8', 'float'; got 'int3'"),
+        (lambda x: x.update(weights="int3"), "weights must be one of 'float', 'int8'; got 'int3'"),
         (lambda x: x.update(outlier_threshold="a"), "outlier_threshold must be a number"),
     ],
 )

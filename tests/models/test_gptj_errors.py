@@ -130,7 +130,7 @@ def test_impossible_sizes(sizes, said):
 def test_unknown_precision():
     config = GPTJConfig(vocab_size=8, n_embd=8, n_head=1, n_layer=1, rotary_dim=4)
     for how, said in (
-        (dict(weights="int4"), "weights must be one of 'int8', 'float'"),
+        (dict(weights="int4"), "weights must be one of 'float', 'int8'"),
         (dict(compute="fast"), "compute"),
     ):
         with pytest.raises(ValueError, match=said):
