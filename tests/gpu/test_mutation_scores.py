@@ -10,7 +10,7 @@ Last seen, of about 40 each, in percent (sm_80, sm_90):
   project_concat         fwd 93, 87; weight 92, 95; features 95, 90; norm 95, 95; norm_bwd 95, 95
   info_nce               fwd 79, 79; redo 70, 87; merge 95, 95; finish 80, 80; ds 68, 90; dual 95, 95; gradient 98, 98;
                          norm 92, 92; sigmoid 88, 84. On sm_80 without "peaks". What is missed in fwd is mostly the
-                         check of ranges: one of 64 values of a lane, seen by a tile whose only row out of range is there.
+                         check of ranges: one of 64 values of a lane, in a tile whose only row out of range is there.
   prefix_attention       append 100; shared 92, 95; alone 85, 90; merge 88, before its tiles were searched for
 """
 
