@@ -31,10 +31,10 @@ def scaled_gradient(grad, preactivation, scales, line, kept, n, N, HAS_GELU: tl.
 def int8_linear_grad_kernel(
     grad, preactivation, scales, g, factor, N, padded, grad_stride, HAS_GELU: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Row by row g [M, padded] = dY gelu_new'(z) s / factor[row]: 1, or in fp16 a power of 2 that keeps it in range."""
+    """Row by row g [M, padded] = dY gelu_new'(z) s / factor[row]: a power of 2 that keeps it in range, or in bf16 1."""
     row = tl.program_id(0).to(tl.int64)
     by, inverse = 1.0, 1.0
-    if g.dtype.element_ty == tl.float16:
+    if g.dtype.element_ty != tl.bfloat16:  # fp32 goes in three pieces, the least of which 2^-16 further down
         top = tl.zeros((BLOCK,), tl.float32)
         for n0 in range(0, N, BLOCK):
             n = n0 + tl.arange(0, BLOCK)

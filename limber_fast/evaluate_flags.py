@@ -71,7 +71,9 @@ def add_predictions(predict: argparse.ArgumentParser) -> None:
     vqa.add_argument("--shot-annotations", type=Path, metavar="JSON", help="their annotations")
     vqa.add_argument("--shot-images", type=Path, metavar="DIR", help="folder of their images")
     vqa.add_argument("--captions", type=Path, nargs="+", default=[], metavar="JSON", help="COCO captions of the images")
-    for task, longest, kinds in ((caption, 100, 2), (vqa, 10, 3)):
+    for task, longest, controls in (
+        (caption, 100, ("blind", "shuffled")), (vqa, 10, ("blind", "shuffled", "oracle")),
+    ):  # fmt: skip
         task.add_argument(
             "--limber", type=Path, required=True, metavar="MAP",
             help="what `train-limber` saved, or LiMBeR's proj.ckpt (with --encoder)",
@@ -84,8 +86,8 @@ def add_predictions(predict: argparse.ArgumentParser) -> None:
         task.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of the image files")
         task.add_argument("--output", type=Path, required=True, metavar="JSON", help="predictions, for `evaluate`")
         task.add_argument(
-            "--control", choices=("blind", "shuffled", "oracle")[:kinds],
-            help="black images, another question's image" + ", or images told in words by --captions" * (kinds == 3),
+            "--control", choices=controls,
+            help="black images; another one's image; for vqa also oracle, images told in words by --captions",
         )  # fmt: skip
         task.add_argument("--decoding", choices=("greedy", "limber"), default="greedy", help="(default: %(default)s)")
         task.add_argument("--max-new-tokens", type=positive(int), default=longest, metavar="N", help="(%(default)s)")

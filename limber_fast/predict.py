@@ -87,17 +87,22 @@ def _records(args: argparse.Namespace) -> list[Any]:
     return list((read_nocaps if args.nocaps else read_coco_captions)(args.references, args.images))
 
 
-def _told(args: argparse.Namespace, records: Sequence[Any]) -> dict[int, str]:
-    """What an annotator said of each image, in the place of the image: the text oracle."""
-    if args.control != "oracle":
-        return {}
-    if not args.captions:
-        raise checks.invalid(_OP, "--control oracle", "come with --captions", "none")
-    read = (record for path in args.captions for record in read_coco_captions(path, args.images))
-    found = {record.image_id: record.captions[0].strip() for record in read if record.captions}
+def _told(args: argparse.Namespace, records: Sequence[Any]) -> dict[int | str, str]:
+    """What an annotator said of each image, first of all, in the place of the image: the text oracle."""
+    given = getattr(args, "captions", [])
+    if (args.control == "oracle") != bool(given):
+        raise checks.invalid(_OP, "--control oracle", "come with --captions, and those with it", "one of them")
+    found: dict[int | str, str] = {}
+    for record in (record for path in given for record in read_coco_captions(path, args.images)):
+        if record.image_id in found:
+            raise BrokenIndex(f"{', '.join(map(str, given))}: image {record.image_id!r} comes twice")
+        if text := next((one for one in (" ".join(x.split()) for x in record.captions) if one), ""):
+            found[record.image_id] = text
+    if not given:
+        return found
     if missing := [record.image_id for record in records if record.image_id not in found]:
-        files_read = ", ".join(map(str, args.captions))
-        raise BrokenIndex(f"{files_read}: no caption of image {missing[0]}, which is asked about")
+        contract = f"no caption of image {missing[0]!r}, which is asked about"
+        raise BrokenIndex(f"{', '.join(map(str, given))}: {contract}")
     return found
 
 
@@ -119,7 +124,9 @@ def _shots(args: argparse.Namespace, skipped: Skipped) -> Iterator[tuple[Image.I
         yield image, shot, majority_answer(shot.answers)
 
 
-def _prefix(limber: Limber, shots: Sequence[tuple[Image.Image, Any, str]], told: dict[int, str], room: int) -> Prefix:
+def _prefix(
+    limber: Limber, shots: Sequence[tuple[Image.Image, Any, str]], told: dict[int | str, str], room: int
+) -> Prefix:
     if not told:
         return limber.prefix([(image, shot.question, answer) for image, shot, answer in shots], room=room)
     prompts = text_oracle_prompts([told[x.image_id] for _, x, _ in shots], [x.question for _, x, _ in shots])
@@ -128,7 +135,7 @@ def _prefix(limber: Limber, shots: Sequence[tuple[Image.Image, Any, str]], told:
 
 
 def _said(
-    limber: Limber, records: Sequence[Any], told: dict[int, str], prefix: Prefix | None, args: argparse.Namespace,
+    limber: Limber, records: Sequence[Any], told: dict[int | str, str], prefix: Prefix | None, args: argparse.Namespace,
     skipped: Skipped, console: Console,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     (key, value), count = _KEYS[args.task], 0

@@ -69,6 +69,8 @@ def main(args: argparse.Namespace, console: Console) -> int:
 
             done = trainer.run(folder, watch)
         tell_skipped((f"{name}: {reason}" for name, reason in trainer.skipped.items()), folder, console, resumed)
+        if trainer.left_out:
+            console.print(f"{trainer.left_out} steps left out: a process had no readable picture")
         if not done:
             console.print(f"stopped at step {trainer.step}; {checkpoint} is whole: go on with --resume")
             return EXIT_CODE

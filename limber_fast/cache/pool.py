@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from limber_fast import checks, native
+from limber_fast import checks, dispatch, native
 from limber_fast.backends import cuda
 from limber_fast.ops.paged_batch import PAGE_SIZE, PagedBatch
 
@@ -75,6 +75,7 @@ class PagePool:
         self._holders = [0] * self.n_pages
         self._free = list(range(self.n_pages - 1, -1, -1))  # the last freed is used first: its memory is there
         self._forks = self._copies = 0
+        self._copied_by_launch = cuda.page_copy_supports(self.storage, self.scales) is None
 
     @staticmethod
     def bytes_of_page(
@@ -149,7 +150,7 @@ class PagePool:
 
     def _move_last_pages(self, moves: list[tuple[Sequence, int]]) -> None:
         """Gives each sequence a copy of its last page, in the fresh page beside it."""
-        if moves and cuda.page_copy_supports(self.storage, self.scales) is None:
+        if moves and self._copied_by_launch and dispatch.preferred("auto") in ("auto", "cuda"):
             cuda.page_copy(self.storage, self.scales, [(sequence.pages[-1], fresh) for sequence, fresh in moves])
         else:
             for sequence, fresh in moves:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -89,6 +90,11 @@ def collate(samples: Sequence[Any]) -> tuple[tuple[Tensor, Tensor, Tensor] | Non
     return (torch.stack(images), torch.stack(tokens), torch.tensor(ids)), broken
 
 
+def _deaf(worker: int) -> None:
+    """A terminal's Ctrl-C reaches the workers too: the step under way needs them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class _Features(nn.Module):
     """What open_clip's model returns, as a tuple. The bias as a copy: of a parameter that is itself an output DDP
     believes that it was not used."""
@@ -119,6 +125,7 @@ class ClipTrainer:
         self.samples = Samples(pairs, transform, tokenizer, config.seed)
         self.step, self.seconds, self.history = 0, 0.0, History(columns=CLIP_COLUMNS)
         self.skipped: dict[str, str] = {}
+        self.left_out = 0
         self.device = next(model.parameters()).device
         rank, world = ranks()
         where = {"rank": rank, "world_size": world, "backend": config.backend}
@@ -141,7 +148,7 @@ class ClipTrainer:
         """From the present step to the last."""
         places = Places(len(self.pairs), self.config, self.step)
         return iter(DataLoader(self.samples, batch_sampler=places, collate_fn=collate, num_workers=self.config.workers,
-                               pin_memory=self.device.type == "cuda"))  # fmt: skip
+                               pin_memory=self.device.type == "cuda", worker_init_fn=_deaf))  # fmt: skip
 
     def train_step(self, batch: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
         config, (rank, _) = self.config, ranks()
@@ -168,7 +175,7 @@ class ClipTrainer:
     def run(self, folder: Path, watch: Watch = lambda step, values: None) -> bool:
         """Train to the last step or to Ctrl-C; `checkpoint.pt` and `train.csv` in `folder` are then up to date.
 
-        A step in which a process has no readable picture is left out by all; this too the batches alone decide.
+        A step in which a process has no readable picture is left out by all, and counted in `left_out`.
 
         Returns: True at the last step, False when interrupted.
         Raises: ValueError for a batch without one readable picture; FloatingPointError where the loss is not finite.
@@ -177,25 +184,26 @@ class ClipTrainer:
         batches = self.batches()
         with InterruptGuard() as guard:
             while self.step < self.config.steps:
-                started = time.perf_counter()
-                batch, broken = next(batches)
+                started, asked = time.perf_counter(), guard.requested
+                batch, broken = (None, []) if asked else next(batches)
                 self.skipped |= {x.name: x.reason for x in broken}
-                stop, without = self._how_many(guard.requested, batch is None)
+                stop, without = self._how_many(asked, batch is None)
                 if stop:
                     break
                 if without == ranks()[1]:
                     raise checks.invalid("train-clip", "data", "have a readable picture in every batch", f"none of "
                                          f"{len(broken)} at step {self.step}, the first {broken[0].name}")  # fmt: skip
                 if without:
-                    self.step += 1
-                    continue
-                values = self.train_step(batch)
-                if not math.isfinite(values["loss"]):
-                    raise FloatingPointError(f"train-clip: the loss is {values['loss']} at step {self.step}; the last "
-                                             "checkpoint is whole: lower learning_rate")  # fmt: skip
-                self.seconds += time.perf_counter() - started
-                self.history.add(self.step, self.seconds, self.step / self.config.steps, values)
-                watch(self.step, self.history.smooth)
+                    self.step, self.left_out = self.step + 1, self.left_out + 1
+                else:
+                    values = self.train_step(batch)
+                    if not math.isfinite(values["loss"]):
+                        raise FloatingPointError(f"train-clip: the loss is {values['loss']} at step {self.step}; the "
+                                                 "last checkpoint is whole: lower learning_rate")  # fmt: skip
+                    self.seconds += time.perf_counter() - started
+                    self.history.add(self.step, self.seconds, self.step / self.config.steps, values)
+                if self.history.smooth:
+                    watch(self.step, self.history.smooth)
                 if self.step % self.config.save_every == 0 and self.step < self.config.steps:
                     self.save(folder)
             self.history.close(self.step, self.seconds)
@@ -205,9 +213,10 @@ class ClipTrainer:
     def _how_many(self, requested: bool, empty: bool) -> list[int]:
         """Processes that were asked to stop, and that have nothing to train on: all decide alike, or those left would
         wait for ever."""
+        if ranks()[1] == 1:
+            return [int(requested), int(empty)]
         flags = torch.tensor([requested, empty], dtype=torch.int32, device=self.device)
-        if ranks()[1] > 1:
-            dist.all_reduce(flags)
+        dist.all_reduce(flags)
         return flags.tolist()
 
     def save(self, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -151,6 +152,18 @@ def test_a_killed_command_goes_on(tiny, tmp_path, threads):
     for arguments in ((parts, "--resume"), (whole,)):
         assert cli.main(["--quiet", "train-clip", *shared, "--output", *map(str, arguments)]) == 0
     assert (whole / "model.safetensors").read_bytes() == (parts / "model.safetensors").read_bytes()
+
+
+def test_ctrl_c_of_a_terminal_reaches_all_and_stops_cleanly(tiny, tmp_path):
+    flags = ["--model", tiny, "--batch-size", 8, "--steps", 300, "--warmup", 2, "--save-every", 1, "--workers", 1]
+    one = subprocess.Popen(command(*flags, "--output", tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                           text=True, start_new_session=True)  # fmt: skip
+    until = time.monotonic() + 240
+    while not (tmp_path / "checkpoint.pt").exists() and one.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    os.killpg(one.pid, signal.SIGINT)
+    said = one.communicate(timeout=240)[0]
+    assert one.returncode == 130 and "stopped at step" in said and "Traceback" not in said, said
 
 
 def test_torchrun(tiny, tmp_path):

@@ -136,7 +136,9 @@ def test_a_released_map_needs_its_encoder(world, tmp_path, capsys):
     ("change", "message"),
     [(("--shots", 2), "--shots must come with --shot-questions"),
      (("--control", "oracle"), "--control oracle must come with --captions"),
+     (("--captions", "few.json"), "--control oracle must come with --captions, and those with it"),
      (("--control", "oracle", "--captions", "few.json"), "few.json: no caption of image 1, which is asked about"),
+     (("--control", "oracle", "--captions", "few.json", "few.json"), "image 0 comes twice"),
      (("--file-name", "{x}"), "file_name must be a pattern"),
      (("--file-name", "{image_id.x}"), "file_name must be a pattern"),
      (("--limber", "nowhere"), "nowhere: no such file or folder"),
@@ -145,7 +147,8 @@ def test_a_released_map_needs_its_encoder(world, tmp_path, capsys):
 )  # fmt: skip
 def test_bad_input_is_one_line_and_writes_nothing(world, tmp_path, capsys, change, message):
     _, _, flags = world
-    few = {"images": [{"id": 0, "file_name": "a.jpg"}], "annotations": [{"image_id": 0, "caption": "all red"}]}
+    few = {"images": [{"id": i, "file_name": "a.jpg"} for i in range(2)],
+           "annotations": [{"image_id": 0, "caption": "all red"}, {"image_id": 1, "caption": " \n"}]}  # fmt: skip
     write(tmp_path / "few.json", few)
     change = [tmp_path / x if x == "few.json" else x for x in change]
     assert predict(tmp_path, "vqa", "--questions", tmp_path / "questions.json", *flags, *change) == (1, None)

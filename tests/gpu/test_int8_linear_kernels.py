@@ -60,6 +60,7 @@ class Call:
     activation: str | None = "gelu_new"
     residual: bool = True
     options: dict = field(default_factory=dict)
+    grad_by: float = 1.0  # what the gradient is multiplied by
     broken: str = ""  # what holds NaN and infinities
     spread: bool = False
 
@@ -84,7 +85,7 @@ class Call:
         leaves += [values["residual"].to(dtype).requires_grad_()] if self.residual else []
         y = function(leaves[0], values["bias"].to(dtype) if self.bias else None, activation=self.activation,
                      residual=leaves[1] if self.residual else None, **self.options)  # fmt: skip
-        return [y.detach(), *torch.autograd.grad(y, leaves, values["grad"].to(dtype))]
+        return [y.detach(), *torch.autograd.grad(y, leaves, self.grad_by * values["grad"].to(dtype))]
 
     def ours(self, engine: str) -> list[Tensor]:
         weight = on_gpu(weight_of(self.n, self.k, self.dtype), engine)
@@ -122,6 +123,7 @@ CALLS = {
     "w8a8_fp32": Call(70, 75, 330, dtype=torch.float32, activation=None, options=W8A8),
     "w8a8_fp16": Call(3, dtype=torch.float16, bias=False, options=W8A8),
     "spread": Call(70, 250, 330, spread=True),
+    "fp32_small_gradient": Call(20, dtype=torch.float32, activation=None, grad_by=1e-34),
     "w8a8_spread": Call(14, 120, 500, spread=True, options=W8A8),
     "all_rounded": Call(9, dtype=torch.float32, options={**W8A8, "outlier_threshold": 0.0}),
     "all_outliers": Call(3, 40, 70, dtype=torch.float32, options={**W8A8, "outlier_threshold": 1e-9}),

@@ -1,7 +1,8 @@
 """Which accesses to shared memory by the lanes of one warp no barrier of theirs orders.
 
 Lanes of a warp need not run in step: what one writes another may read, and what one has read another may overwrite,
-only behind a bar.warp.sync or a barrier of the block.
+only behind a bar.warp.sync or a barrier of the block. Some races are missed, none is invented: two lanes that write one
+word by one instruction, and lanes that a barrier of part of a warp does not name.
 """
 
 from __future__ import annotations
