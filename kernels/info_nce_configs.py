@@ -34,7 +34,7 @@ class Config:
     """Tiles of the forward (redone tiles included), of dS and of the two products.
 
     `narrow` replaces the first two where options (statistics, smoothing, labels with norms) keep more values beside the
-    accumulator.
+    accumulator, and with `sigmoid_narrow` the forward of the sigmoid.
     """
 
     forward: Tiles
@@ -43,6 +43,7 @@ class Config:
     narrow: Tiles
     tma: bool
     group: int = 8
+    sigmoid_narrow: bool = False
 
 
 _HOPPER_16 = Config(
@@ -60,8 +61,10 @@ _HOPPER_16 = Config(
     tma=True,
 )
 # Other compilers than Triton 3.8 need more registers: with four warps 3.6 spills 2 (forward) and 53 (dS), 3.9 6 in the
-# forward. Left on 3.9: 5 in the sigmoid's forward, 19 in that of tf32.
-_HOPPER_16_EIGHT_WARPS = replace(_HOPPER_16, forward=Tiles(128, 128, 64, 8, 3), ds=Tiles(128, 128, 64, 8, 3))
+# forward; 5 in the sigmoid's forward with eight.
+_HOPPER_16_EIGHT_WARPS = replace(
+    _HOPPER_16, forward=Tiles(128, 128, 64, 8, 3), ds=Tiles(128, 128, 64, 8, 3), sigmoid_narrow=True
+)
 # Accumulators live in tensor memory and come to registers a row a thread: column sums then cost five shuffles a value,
 # and at 128 x 128 what stands beside them spills 2 (forward), 97 (dS) and, 256 wide, 10 registers (products).
 _BLACKWELL_16 = Config(
@@ -102,6 +105,8 @@ _IEEE = Config(
     narrow=Tiles(64, 32, 16, 4, 2),
     tma=False,
 )
+# 3.9 spills 3 on sm_90: at 64 x 64 in the sigmoid's dS, with eight warps in that of ids.
+_IEEE_NARROW = replace(_IEEE, ds=Tiles(64, 32, 16, 4, 2))
 _AMPERE_IEEE = replace(_IEEE, dual=Tiles(64, 64, 16, 4, 2))  # with eight warps 2 to 5 spill; on sm_90 with four
 # Tensor memory again: at the tiles above tf32 spills up to 318 registers, and dS of ragged fp32 rows 22.
 _TF32_BLACKWELL = Config(
@@ -118,15 +123,19 @@ def choose(capability: tuple[int, int], dtype: torch.dtype, precision: str, alig
     """The row for a chip (compute capability), the towers' dtype, for fp32 'ieee' or 'tf32', and whether TMA can read
     the towers (rows and pointers of whole 16 bytes).
     """
-    blackwell = capability[0] >= 10
+    blackwell, hopper = capability[0] >= 10, capability[0] == 9
+    known = triton.__version__.startswith("3.8.")
     if dtype == torch.float32 and precision == "tf32":
-        return _TF32_BLACKWELL if blackwell else _TF32 if aligned else _RAGGED_TF32
+        # At 128 x 128 3.9 spills 19 on sm_90.
+        return _TF32_BLACKWELL if blackwell else _TF32 if aligned and (known or not hopper) else _RAGGED_TF32
     if dtype == torch.float32:
+        if hopper and not known:
+            return _IEEE_NARROW
         return _AMPERE_IEEE if capability[0] == 8 else _RAGGED_IEEE_BLACKWELL if blackwell and not aligned else _IEEE
     if not aligned:
         return _RAGGED_BLACKWELL_16 if blackwell else _RAGGED_16
     if blackwell:
         return _BLACKWELL_16
-    if capability[0] == 9:
-        return _HOPPER_16 if triton.__version__.startswith("3.8.") else _HOPPER_16_EIGHT_WARPS
+    if hopper:
+        return _HOPPER_16 if known else _HOPPER_16_EIGHT_WARPS
     return _AMPERE_16

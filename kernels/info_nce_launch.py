@@ -100,7 +100,8 @@ class Call:
         tiles = self.config.forward
         if not self.sigmoid:
             return self.config.narrow if extras else tiles
-        plain = not (extras or self.normalize or self.image_ids is not None or self.image.dtype == torch.float32)
+        crowded = extras or self.normalize or self.image_ids is not None or self.image.dtype == torch.float32
+        plain = not (crowded or self.config.sigmoid_narrow)
         return replace(tiles, num_warps=8) if plain else self.config.narrow
 
     def ds_tiles(self) -> Tiles:

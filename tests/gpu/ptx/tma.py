@@ -34,7 +34,8 @@ FIELDS = np.dtype(
         "itemsize": MAP_BYTES,
     }
 )  # fmt: skip
-OPTIONAL = ("interleave_layout", "global_stride", "fill_mode")
+# What a map of zeros may leave as it is.
+OPTIONAL = ("interleave_layout", "global_stride", "fill_mode", "elemtype", "swizzle_mode")
 # tensormap.replace .elemtype -> how the elements are stored.
 ELEMENTS = {
     0: "u8", 1: "u16", 2: "u32", 3: "s32", 4: "u64", 5: "s64", 6: "f16", 7: "f32", 8: "f32", 9: "f64", 10: "bf16",
