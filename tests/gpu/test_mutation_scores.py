@@ -75,9 +75,6 @@ UNOBSERVABLE = {
 }
 
 
-W8A8 = {"compute": "w8a8"}
-
-
 @dataclass(frozen=True)
 class Problem:
     """One call of an op: `results(function, dtype)` are its outputs and gradients."""
@@ -174,9 +171,9 @@ PROBLEMS = {
         _layer(m=120, n=240, k=352),
         # Rows of more than one block of the kernels that take them whole; reductions that several programs share.
         _layer(m=13, n=120, k=2500),
-        _layer(m=60, n=120, k=2100, options=W8A8),
-        _layer(m=60, n=120, k=2100, options=W8A8, spread=True),
-        _layer(m=60, n=2100, k=250, activation=None, options=W8A8),
+        _layer(m=60, n=120, k=2100, options=of_int8_linear.W8A8),
+        _layer(m=60, n=120, k=2100, options=of_int8_linear.W8A8, spread=True),
+        _layer(m=60, n=2100, k=250, activation=None, options=of_int8_linear.W8A8),
         _layer(m=60, n=120, k=250, dtype=torch.float32, activation=None),
         _layer(m=60, n=120, k=250, dtype=torch.float32, activation=None, broken="x"),
         _layer(m=60, n=120, k=250, dtype=torch.float32, activation=None, broken="grad"),
@@ -197,8 +194,8 @@ PROBLEMS = {
 }
 
 
-def _errors(found: Tensor, true: Tensor) -> tuple[float, float]:
-    """Of the numbers, in both norms; infinite unless NaN and infinities are where they truly are."""
+def _errors_of_numbers(found: Tensor, true: Tensor) -> tuple[float, float]:
+    """In both norms; infinite unless NaN and infinities are where they truly are."""
     numbers = true.isfinite()
     if not torch.equal(*(torch.where(x.isfinite(), 0.0, x.double()).nan_to_num(0.5) for x in (found, true))):
         return math.inf, math.inf
@@ -214,7 +211,7 @@ class Sound:
             self.errors = self._errors(problem.results(problem.ours))
 
     def _errors(self, found: list[Tensor]) -> list[float]:
-        return [error for x, y in zip(found, self.true, strict=True) for error in _errors(x, y)]
+        return [error for x, y in zip(found, self.true, strict=True) for error in _errors_of_numbers(x, y)]
 
     def passes(self, text: str, changed: str, races: bool) -> bool:
         """No error is more than twice that of the sound kernels."""

@@ -103,42 +103,35 @@ def test_missing_barrier():
         run_edited(MATMUL, "sm_80", r"^\s*bar\.sync.*$", races=True)
 
 
-def test_write_after_read_without_barrier():
-    exchange = """
-    shl.b32 %r1, %r0, 2;
-    mov.u32 %r2, tile;
-    add.s32 %r3, %r2, %r1;
-    st.shared.b32 [%r3], %r0;
-    bar.sync 0;
-    xor.b32 %r4, %r1, 128;
-    add.s32 %r4, %r2, %r4;
-    ld.shared.b32 %r5, [%r4];
-    {barrier}
-    st.shared.b32 [%r3], %r5;
-    """
-    run_by_hand(exchange.format(barrier="bar.sync 0;"), [], threads=64, shared=256, races=True)
-    with pytest.raises(PtxTrap, match="a write that no barrier orders after a read"):
-        run_by_hand(exchange.format(barrier=""), [], threads=64, shared=256, races=True)
-
-
-def test_race_between_lanes_of_a_warp():
-    exchange = """
+def exchange(distance: int, first: str, second: str) -> None:
+    """Every thread writes a word, reads the one `distance` bytes away, and overwrites its own."""
+    body = f"""
     shl.b32 %r1, %r0, 2;
     mov.u32 %r2, tile;
     add.s32 %r3, %r2, %r1;
     st.shared.b32 [%r3], %r0;
     {first}
-    xor.b32 %r4, %r1, 4;
+    xor.b32 %r4, %r1, {distance};
     add.s32 %r4, %r2, %r4;
     ld.shared.b32 %r5, [%r4];
     {second}
     st.shared.b32 [%r3], %r5;
     """
+    run_by_hand(body, [], threads=64, shared=256, races=True)
+
+
+def test_write_after_read_without_barrier():
+    exchange(128, "bar.sync 0;", "bar.sync 0;")
+    with pytest.raises(PtxTrap, match="a write that no barrier orders after a read"):
+        exchange(128, "bar.sync 0;", "")
+
+
+def test_race_between_lanes_of_a_warp():
     barrier = "bar.warp.sync -1;"
-    run_by_hand(exchange.format(first=barrier, second=barrier), [], threads=32, shared=128, races=True)
-    for missing, what in ({"first": "", "second": barrier}, "read"), ({"first": barrier, "second": ""}, "write"):
+    exchange(4, barrier, barrier)
+    for first, second, what in (("", barrier, "read"), (barrier, "", "write")):
         with pytest.raises(PtxTrap, match=f"a {what} that no barrier of the warp orders"):
-            run_by_hand(exchange.format(**missing), [], threads=32, shared=128, races=True)
+            exchange(4, first, second)
 
 
 def test_race_between_blocks():
