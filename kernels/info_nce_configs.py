@@ -116,7 +116,8 @@ _TF32_BLACKWELL = Config(
     narrow=Tiles(128, 32, 32, 8, 3),
     tma=False,
 )
-_RAGGED_IEEE_BLACKWELL = replace(_IEEE, ds=Tiles(64, 64, 16, 8, 2))
+_IEEE_BLACKWELL = replace(_IEEE, narrow=Tiles(64, 32, 16, 8, 2))  # with four warps the sigmoid spills 1
+_RAGGED_IEEE_BLACKWELL = replace(_IEEE_BLACKWELL, ds=Tiles(64, 64, 16, 8, 2))
 
 
 def choose(capability: tuple[int, int], dtype: torch.dtype, precision: str, aligned: bool) -> Config:
@@ -131,7 +132,9 @@ def choose(capability: tuple[int, int], dtype: torch.dtype, precision: str, alig
     if dtype == torch.float32:
         if hopper and not known:
             return _IEEE_NARROW
-        return _AMPERE_IEEE if capability[0] == 8 else _RAGGED_IEEE_BLACKWELL if blackwell and not aligned else _IEEE
+        if blackwell:
+            return _IEEE_BLACKWELL if aligned else _RAGGED_IEEE_BLACKWELL
+        return _AMPERE_IEEE if capability[0] == 8 else _IEEE
     if not aligned:
         return _RAGGED_BLACKWELL_16 if blackwell else _RAGGED_16
     if blackwell:

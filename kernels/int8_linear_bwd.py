@@ -77,6 +77,7 @@ def int8_linear_bwd_kernel(
     m0, k0 = pm * BLOCK_M, pn * BLOCK_N
     rm, rk, rn = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    tl.assume(tl.program_id(1) < blocks)  # without it zeros are kept for a loop that has no trip
     if TMA:
         gd = descriptor(g, M, g_stride, g_stride, BLOCK_M, BLOCK_K, TMA)
         wd = descriptor(w, N, w_stride, w_stride, BLOCK_K, BLOCK_N, TMA)

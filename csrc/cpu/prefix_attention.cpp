@@ -31,7 +31,8 @@ class PrefixAttentionForward {
   }
 
   void run() {
-    // Tasks in runs: a thread that knows what comes next fetches it ahead.
+    // Tasks in runs: a thread that knows what comes next fetches it ahead. Every other thread taking them from the last
+    // one on, so that products and waiting for memory overlap, gave 32 members 3% and took 8% from two (Zen 4).
     const int64_t total = tasks_.size() * p.H, chunk = std::clamp<int64_t>(total / (8 * p.threads), 1, 4);
 #pragma omp parallel num_threads(p.threads)
     {

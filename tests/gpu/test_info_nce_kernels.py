@@ -26,7 +26,10 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, pois
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the op: kind of data, shape, dtype, options of the op; `gap` columns of NaN after every tower row."""
+    """One call of the op: kind of data, shape, dtype, options of the op; `gap` columns of NaN after every tower row.
+
+    scaled: by how much the images are multiplied. scale_by: by how much the logit scale is.
+    """
 
     data: str = "unit"
     shape: tuple[int, int, int] = (130, 130, 40)
@@ -34,6 +37,7 @@ class Call:
     options: dict = field(default_factory=dict)
     extra: int = 0
     scaled: float = 1.0
+    scale_by: float = 1.0
     gap: int = 0
 
     def inputs(self) -> list[Tensor]:
@@ -42,7 +46,7 @@ class Call:
         image = image * self.scaled
         if self.gap:
             image, text = (torch.nn.functional.pad(x, (0, self.gap), value=torch.nan)[:, :d] for x in (image, text))
-        inputs = [image, text, torch.tensor(scale), torch.tensor(-2.0)]
+        inputs = [image, text, torch.tensor(scale * self.scale_by), torch.tensor(-2.0)]
         return [*inputs, cases._directions(self.extra, d, 77).to(self.dtype)] if self.extra else inputs
 
 
@@ -61,6 +65,7 @@ CALLS = {
     "wild": Call("wild"),
     "peaks": Call("peaks"),
     "offset": Call("offset", dtype=torch.float32),
+    "negative": Call(scale_by=-1.0),
     "converged": Call("converged", dtype=torch.float32),
     "rectangular": Call(shape=(70, 200, 64), options={"labels": cases.labels(70, 200), "symmetric": False}),
     "permuted": Call(options={"labels": cases.permutation(130)}),

@@ -223,6 +223,14 @@ def test_left_out_changes_make_no_difference():
     assert len(results) > 3 and all(torch.equal(results[0], r) for r in results[1:])
 
 
+def test_what_no_check_sees_may_be_named_by_its_source():
+    text = compile_case(DESCRIPTORS, "sm_90").ptx
+    (before, _), (after, excluded) = mutants(text), mutants(text, unobservable={r"// c\.store\(": "stores"})
+    stores = [m.before for m, reason in excluded if reason == "stores"]
+    assert len(before) - len(after) == len(stores) > 0 and any("cvt.rn.bf16x2" in line for line in stores)
+    assert not any("mma_async" in line for line in stores)
+
+
 @pytest.mark.parametrize(
     ("line", "change"),
     [

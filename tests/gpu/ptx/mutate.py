@@ -9,6 +9,7 @@ rules of `equivalence`, do not count.
 
 from __future__ import annotations
 
+import linecache
 import random
 import re
 from collections import Counter
@@ -109,10 +110,11 @@ def mutants(
 ) -> tuple[list[Mutant], list[tuple[Mutant, str]]]:
     """All single-line changes of a kernel, and those of them that no check could notice, with the reason.
 
-    unobservable: reasons that only the kernel's author knows, by a pattern of "statement -> changed statement".
+    unobservable: reasons that only the kernel's author knows, by a pattern of "statement -> changed statement // the
+        line of source that it is compiled from".
     """
     kernel = parse(ptx, entry)
-    lines = ptx.split("\n")
+    lines, sources = ptx.split("\n"), _sources(ptx)
     equivalent, droppable = equivalent_lines(kernel), droppable_lines(kernel)
     counted, excluded = [], []
     for instruction in _alone_on_their_line(kernel):
@@ -120,13 +122,24 @@ def mutants(
         for kind, after in _changes(instruction, before):
             mutant = Mutant(instruction.line, kind, before, after)
             reason = equivalent.get(mutant.line) or (kind.startswith("dropped") and droppable.get(mutant.line))
-            change = " ".join(f"{before} -> {after}".split())
+            change = " ".join(f"{before} -> {after} // {sources[mutant.line]}".split())
             reason = reason or next((why for what, why in unobservable.items() if re.search(what, change)), None)
             if reason:
                 excluded.append((mutant, reason))
             elif after != before:
                 counted.append(mutant)
     return counted, excluded
+
+
+def _sources(ptx: str) -> list[str]:
+    """The line of source that every line is compiled from, as the nearest .loc above it has it."""
+    files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"(.*)"', ptx, re.MULTILINE))
+    found, source = [], ""
+    for line in ptx.split("\n"):
+        if at := re.match(r"\s*\.loc\s+(\d+)\s+(\d+)", line):
+            source = linecache.getline(files.get(at[1], ""), int(at[2])).strip()
+        found.append(source)
+    return found
 
 
 def _alone_on_their_line(kernel: Kernel) -> Iterator[Instruction]:
