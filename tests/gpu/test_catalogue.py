@@ -15,7 +15,7 @@ import pytest
 
 from limber_fast.kernels import catalogue
 from limber_fast.kernels.catalogue import TARGETS, Case
-from limber_fast.report.aot import gate, pool
+from limber_fast.report.aot import pool
 
 BUILDS = [(which, target) for which in ("first", "all") for target in TARGETS]
 ASKED = {"": [("first", "sm_90")], "first": BUILDS[: len(TARGETS)], "all": BUILDS}[
@@ -36,9 +36,7 @@ def chosen(target: str, which: str) -> Iterator[tuple[str, int, Case]]:
 
 @pytest.mark.parametrize(("which", "target"), MARKED)
 def test_builds_pass_the_gate(which, target):
-    builds = list(chosen(target, which))
-    list(pool.compile_ahead(target, [(file, position) for file, position, _ in builds]))
-    failures = [failure for _, _, case in builds for failure in gate(case, target)]
+    failures = pool.gate_all(target, [(file, position) for file, position, _ in chosen(target, which)])
     assert not failures, "\n".join(failures)
 
 
@@ -57,5 +55,6 @@ def test_cases_compile_in_other_processes(monkeypatch):
         pytest.skip("the catalogue is empty")
     monkeypatch.setattr(pool, "CASES_PER_PROCESS", 1)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    names = list(pool.compile_ahead("sm_90", [(file, position) for file, position, _ in builds]))
-    assert names == [case.name for _, _, case in builds]
+    places = [(file, position) for file, position, _ in builds]
+    assert list(pool.compile_ahead("sm_90", places)) == [case.name for _, _, case in builds]
+    assert pool.gate_all("sm_90", places) == []
