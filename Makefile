@@ -59,7 +59,7 @@ bench-peers: $(STAMP)
 gpu: $(STAMP)
 	@$(RUN) -c 'import torch; raise SystemExit(not torch.cuda.is_available())'; missing=$$?; set -ex; \
 	if [ $$missing = 0 ]; then $(RUN) -m pytest -m cuda; \
-	  LIMBER_FAST_AUTOTUNE=1 $(RUN) -m limber_fast bench -k cuda $(BENCH); \
+	  LIMBER_FAST_AUTOTUNE=1 $(RUN) -m limber_fast bench -k cuda --trace $(BENCH); \
 	else LIMBER_FAST_GPU_BUILDS=first $(RUN) -m pytest tests/gpu; fi; \
 	$(RUN) -m limber_fast bench --modelled -k plain-bf16
 	@$(RUN) -c 'import torch; torch.cuda.is_available() or print("make gpu: no CUDA device: the kernels were compiled", \

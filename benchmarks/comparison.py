@@ -159,6 +159,15 @@ def measure(
     return columns | {f"{name}_skipped": reason for name, reason in trial.skipped.items()}
 
 
+def trace(function: Callable[[], Any], device: str, path: Path) -> None:
+    """One call under torch.profiler, written for chrome://tracing or Perfetto."""
+    activities = torch.profiler.ProfilerActivity
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with torch.profiler.profile(activities=[activities.CPU, *[activities.CUDA] * (device == "cuda")]) as profiler:
+        _timed(function, device)
+    profiler.export_chrome_trace(str(path))
+
+
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """torch.compile for the shapes of one row: compiled afresh, as after some rows it would give up and run eagerly."""
     torch.compiler.reset()

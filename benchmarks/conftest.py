@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from comparison import Workload, measure
+from comparison import Workload, measure, trace
 
 from limber_fast import dispatch, native
 
@@ -17,6 +17,10 @@ from limber_fast import dispatch, native
 # transformers would take kernels/ in it for a package that it knows.
 _ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(_ROOT / "tests"), *(path for path in sys.path if Path(path or ".").resolve() != _ROOT)]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--trace-into", type=Path, help="folder for a torch.profiler trace of every row")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -65,6 +69,8 @@ def compare(
             columns |= {f"ceiling_{unit}_per_s": rate, "ceiling_fraction_of_best": work / columns["best_s"] / rate}
         row |= columns
         benchmark.extra_info |= row
+        if folder := request.config.getoption("trace_into"):
+            trace(trial.ours, workload.device, folder / f"{workload.id.replace('/', '-')}.json")
 
     return run
 

@@ -177,7 +177,7 @@ def tiles_of(first, num_m, STRIP: tl.constexpr):
         return tl.minimum(num_m - first, STRIP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "M", "num_m", "num_n", "first_part"])
 def info_nce_fwd_kernel(
     image, text, scale, image_norm, text_norm, labels, image_ids, text_ids, row_part, col_part, redo, positive,
     row_extra, col_extra, N, M, D, image_stride, text_stride, row0, num_m, num_n, first_part,
@@ -302,7 +302,7 @@ def exact_sums(x, AXIS: tl.constexpr):
     return shift, tl.sum(e, AXIS), tl.sum(tl.where(e == 0.0, 0.0, e * x), AXIS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "M", "num_m", "num_n", "first_part"])
 def info_nce_redo_kernel(
     image, text, scale, image_norm, text_norm, labels, image_ids, text_ids, row_part, col_part, redo,
     N, M, D, image_stride, text_stride, row0, num_m, num_n, first_part,
@@ -330,10 +330,17 @@ def info_nce_redo_kernel(
                     NORMALIZE, TMA, EVEN_K, PRECISION, STAGES,
                 )  # fmt: skip
                 rows = m0 + tl.arange(0, BLOCK_M)
-                negative, _ = live_mask(
-                    labels, image_ids, text_ids, rows, columns, N, M, HAS_LABELS, HAS_IDS, HAS_POSITIVE
-                )
-                x = tl.where(negative, acc * factor, float("-inf"))
+                x, nothing = acc * factor, float("-inf")
+                here_m, here_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)  # one mask of all spills, as in forward
+                if HAS_POSITIVE:
+                    label = row_labels(labels, rows, N, HAS_LABELS) - n0
+                    x = tl.where(label[:, None] == here_n[None, :], nothing, x)
+                if HAS_IDS:
+                    row_id = tl.load(image_ids + rows, mask=rows < N, other=0)
+                    column_id = tl.load(text_ids + columns, mask=columns < M, other=0)
+                    x = tl.where(row_id[:, None] == column_id[None, :], nothing, x)
+                x = tl.where((here_m < N - m0)[:, None], x, nothing)
+                x = tl.where((here_n < M - n0)[None, :], x, nothing)
                 shift, total, moment = exact_sums(x, 1)
                 row_at = (first_part + pn).to(tl.int64) * (3 * row_field) + pm * BLOCK_M + tl.arange(0, BLOCK_M)
                 store_triple(row_part, row_field, row_at, shift, total, moment, None)
@@ -350,7 +357,7 @@ def info_nce_redo_kernel(
                     store_triple(col_part, col_field, col_at, shift, total, moment, columns < M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "n", "size"])
 def info_nce_merge_kernel(
     part, extra, state, extra_state, parts, field, n, at, size,
     FIRST: tl.constexpr, HAS_EXTRAS: tl.constexpr, PLAIN: tl.constexpr, BLOCK: tl.constexpr,
@@ -396,7 +403,7 @@ def log1p(r):
     return tl.where(u == 1.0, r, tl.log(u) * (r / tl.where(u == 1.0, 1.0, u - 1.0)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def info_nce_finish_kernel(
     state, extra_state, positive, columns_of, scale, correct, n, smoothing,
     HAS_COLUMN: tl.constexpr, HAS_EXTRAS: tl.constexpr, HAS_STATS: tl.constexpr, SIGMOID: tl.constexpr,
@@ -452,7 +459,7 @@ def info_nce_finish_kernel(
     tl.store(state + 3 * n + i, dscale.to(tl.float32), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def info_nce_norm_kernel(x, norm, n, D, stride, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
     """norm [n] = max(|row|, 1e-12); NaN stays."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -61,7 +61,7 @@ def expm1_of_minus(y):
     return tl.where(y < 0.25, p * y, tl.exp2(-y * 1.4426950408889634) - 1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "M", "num_m", "num_n"])
 def info_nce_ds_kernel(
     image, text, scale, bias, image_norm, text_norm, labels, image_ids, text_ids, row_state, col_state, row_grad,
     col_grad, unit, norm_unit, g, N, M, D, image_stride, text_stride, row0, column0, num_m, num_n, g_stride, smoothing,
@@ -226,7 +226,7 @@ def product_into(
         tl.store(base + at, acc, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "M", "acc_rows", "image_items", "text_items", "num_d"])
 def info_nce_dual_kernel(
     g, image, text, image_acc, text_acc, N, M, D, image_stride, text_stride, g_stride, acc_stride, row0, column0,
     acc_row0, acc_rows, num_rows, num_columns, image_items, text_items, num_d,
@@ -252,7 +252,7 @@ def info_nce_dual_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def info_nce_gradient_kernel(
     acc, x, norm, out, scale, unit, norm_unit, n, D, x_stride, acc_stride,
     NORMALIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import product
 
 import torch
 
@@ -12,7 +14,8 @@ from limber_fast.kernels.catalogue import Case, Work
 from limber_fast.kernels.info_nce_configs import choose
 from limber_fast.kernels.recording import Launch, recording
 
-N = 8192
+# Sizes that between them ask for every height of strips, and for bands that add to what others have merged.
+N, OTHER_SIZES = 8192, (128, 2500, 4096, 32768)
 SMS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
 STEP_N, STEP_D = 32768, (512, 768, 1024)
 TARGETS = tuple(SMS)
@@ -41,17 +44,24 @@ class Options:
     arithmetic: tuple[str, ...] = field(default=("bf16", "tf32", "fp32"))
 
 
+_ALL = tuple(ARITHMETIC)
 OPTIONS = (
-    Options("plain", arithmetic=("bf16", "fp16", "tf32", "fp32")),
+    Options("plain", arithmetic=_ALL),
     Options("wide", D=1024, arithmetic=("bf16",)),
-    Options("ragged", D=123),
+    Options("ragged", D=123, arithmetic=_ALL),
     Options("rectangular", labels=True, symmetric=False),
-    Options("permuted", labels=True, arithmetic=("bf16",)),
-    Options("normalize", normalize=True),
-    Options("ids", ids=True),
-    Options("extra", extra=1000, arithmetic=("bf16",)),
-    Options("sigmoid", sigmoid=True, symmetric=False),
-    Options("everything", labels=True, ids=True, extra=1000, smoothing=0.1, normalize=True, stats=True),
+    Options("permuted", labels=True, arithmetic=("bf16", "fp16")),
+    Options("normalize", normalize=True, arithmetic=_ALL),
+    Options("normalize_permuted", normalize=True, labels=True, arithmetic=("bf16",)),
+    Options("ids", ids=True, arithmetic=_ALL),
+    Options("extra", extra=1000, arithmetic=("bf16", "fp16")),
+    Options("smoothing", smoothing=0.1, arithmetic=("bf16",)),
+    Options("statistics", stats=True, arithmetic=("bf16",)),
+    Options("sigmoid", sigmoid=True, symmetric=False, arithmetic=_ALL),
+    Options("sigmoid_ids", ids=True, sigmoid=True, symmetric=False),
+    Options("sigmoid_normalize", normalize=True, sigmoid=True, symmetric=False, arithmetic=("bf16",)),
+    Options("everything", labels=True, ids=True, extra=1000, smoothing=0.1, normalize=True, stats=True,
+            arithmetic=_ALL),
     Options("sigmoid_everything", labels=True, ids=True, extra=1000, normalize=True, sigmoid=True, symmetric=False,
             stats=True, arithmetic=("bf16",)),
 )  # fmt: skip
@@ -80,6 +90,7 @@ def launches(target: str, options: Options, arithmetic: str, rows: int = N) -> l
     return found
 
 
+@lru_cache
 def cases(target: str) -> list[tuple[Case, Work]]:
     """Every build once, under the first option set that asks for it."""
     return list(_distinct(target)) if target in TARGETS else []
@@ -98,9 +109,9 @@ def steps(target: str) -> dict[str, list[tuple[Case, Work]]]:
 
 def _distinct(target: str) -> Iterator[tuple[Case, Work]]:
     seen = set()
-    for options in OPTIONS:
+    for rows, options in product((N, *OTHER_SIZES), OPTIONS):
         for arithmetic in options.arithmetic:
-            for launch in launches(target, options, arithmetic):
+            for launch in launches(target, options, arithmetic, rows):
                 kernel = launch.kernel.__name__
                 # IEEE products of fp32 run on the FMA pipe.
                 case = launch.case(kernel, kernel in _PRODUCTS and arithmetic != "fp32")
@@ -120,7 +131,6 @@ def _name(case: Case, launch: Launch, options: Options, arithmetic: str) -> str:
     parts += [f"strips{c.get('STRIP')}"] * (c.get("STRIP", 1) > 1)
     parts += [word for flag, word in flags.items() if c.get(flag)]
     parts += ["negatives"] * (options.extra > 0 and c.get("HAS_POSITIVE") is False)
-    parts += ["parts/16"] * ("parts" in case.divisible)
     parts += [f"{key}=1" for key in a if key not in case.signature]  # specialised to a build of its own
     return "-".join(parts)
 

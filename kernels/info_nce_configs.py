@@ -34,7 +34,8 @@ class Config:
     """Tiles of the forward (redone tiles included), of dS and of the two products.
 
     `narrow` replaces the first two where options (statistics, smoothing, labels with norms) keep more values beside the
-    accumulator, and with `sigmoid_narrow` the forward of the sigmoid.
+    accumulator, with `sigmoid_narrow` the forward of the sigmoid, with `normalize_narrow` dS of normalised towers.
+    `separate_warps`: of the tiles of dS that need two exponentials.
     """
 
     forward: Tiles
@@ -44,6 +45,8 @@ class Config:
     tma: bool
     group: int = 8
     sigmoid_narrow: bool = False
+    normalize_narrow: bool = False
+    separate_warps: int = 8
 
 
 _HOPPER_16 = Config(
@@ -73,6 +76,7 @@ _BLACKWELL_16 = Config(
     dual=Tiles(128, 128, 64, 8, 4),
     narrow=Tiles(128, 32, 64, 8, 4),
     tma=True,
+    normalize_narrow=True,  # the tiles with two exponentials spill 7
 )
 _AMPERE_16 = Config(
     forward=Tiles(128, 128, 32, 8, 4),
@@ -81,6 +85,7 @@ _AMPERE_16 = Config(
     dual=Tiles(128, 128, 32, 8, 4),
     narrow=Tiles(128, 64, 32, 8, 4),
     tma=False,
+    separate_warps=16,  # with eight and labels 1 spills
 )
 # Rows that are not whole 16 bytes, on any chip: the masks of such loads take the registers of half a tile (at
 # 128 x 128 the products spill 1 to 7).
@@ -108,6 +113,7 @@ _IEEE = Config(
 # 3.9 spills 3 on sm_90: at 64 x 64 in the sigmoid's dS, with eight warps in that of ids.
 _IEEE_NARROW = replace(_IEEE, ds=Tiles(64, 32, 16, 4, 2))
 _AMPERE_IEEE = replace(_IEEE, dual=Tiles(64, 64, 16, 4, 2))  # with eight warps 2 to 5 spill; on sm_90 with four
+_RAGGED_AMPERE_IEEE = replace(_IEEE, dual=Tiles(64, 32, 16, 4, 2))  # 4 at 64 x 64
 # Tensor memory again: at the tiles above tf32 spills up to 318 registers, and dS of ragged fp32 rows 22.
 _TF32_BLACKWELL = Config(
     forward=Tiles(128, 64, 32, 8, 3),
@@ -134,7 +140,9 @@ def choose(capability: tuple[int, int], dtype: torch.dtype, precision: str, alig
             return _IEEE_NARROW
         if blackwell:
             return _IEEE_BLACKWELL if aligned else _RAGGED_IEEE_BLACKWELL
-        return _AMPERE_IEEE if capability[0] == 8 else _IEEE
+        if capability[0] == 8:
+            return _AMPERE_IEEE if aligned else _RAGGED_AMPERE_IEEE
+        return _IEEE
     if not aligned:
         return _RAGGED_BLACKWELL_16 if blackwell else _RAGGED_16
     if blackwell:

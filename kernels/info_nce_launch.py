@@ -106,7 +106,11 @@ class Call:
 
     def ds_tiles(self) -> Tiles:
         # What these keep beside the accumulator spills at the usual tile.
-        crowded = self.label_smoothing > 0 or (self.normalize and self.labels is not None)
+        crowded = self.label_smoothing > 0
+        if self.normalize:
+            crowded |= self.labels is not None or self.config.normalize_narrow
+        if self.sigmoid:
+            crowded |= self.image_ids is not None
         return self.config.narrow if crowded else self.config.ds
 
     def grid(self, items: int) -> tuple[int]:

@@ -27,7 +27,7 @@ def softplus_and_slope(y):
     return tl.maximum(y, 0.0) + z * p, tl.where(y < 0, e * q, q)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "M", "num_m", "num_n", "first_part"])
 def info_nce_sigmoid_kernel(
     image, text, scale, bias, image_norm, text_norm, labels, image_ids, text_ids, row_part, positive, row_extra,
     N, M, D, image_stride, text_stride, row0, num_m, num_n, first_part,

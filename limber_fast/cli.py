@@ -105,6 +105,9 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--fail-over", type=_percent, metavar="10%", help="with --compare: exit 1 where a ratio fell by more than this"
     )
+    bench.add_argument(
+        "--trace", action="store_true", help="also a torch.profiler trace of one call of every row, in DIR/traces"
+    )
     bench.add_argument("-k", dest="select", metavar="EXPR", help="run only benchmarks that match, as in pytest")
     bench.add_argument(
         "--modelled", nargs="?", const="sm_90", choices=("sm_80", "sm_90", "sm_100", "gfx942"), metavar="TARGET",

@@ -62,7 +62,9 @@ def own_kernels():
 def small(tmp_path_factory):
     """A finished run of a few rows: the process, its folder and its bench.json."""
     folder = tmp_path_factory.mktemp("bench") / "new"
-    done = run("-m", "limber_fast", "bench", "--quick", "--threads", "1", "-k", SELECT, "--output", str(folder))
+    done = run(
+        "-m", "limber_fast", "bench", "--quick", "--threads", "1", "-k", SELECT, "--trace", "--output", str(folder)
+    )
     assert done.returncode == 0, done.stderr
     return SimpleNamespace(done=done, folder=folder, result=json.loads((folder / "bench.json").read_text()))
 
@@ -134,11 +136,22 @@ def test_page_stands_alone_and_has_every_row(small):
 def test_output_in_a_pipe_is_plain_and_complete(small):
     assert not re.search("[\x1b\u2500-\u259f]", small.done.stdout)
     assert all(row["id"] in small.done.stdout for row in small.result["rows"])
-    assert sorted(path.name for path in small.folder.iterdir()) == ["bench.html", "bench.json", "pytest-benchmark.json"]
+    written = ["bench.html", "bench.json", "pytest-benchmark.json", "traces"]
+    assert sorted(path.name for path in small.folder.iterdir()) == written
     details = json.loads((small.folder / "pytest-benchmark.json").read_text())
     assert {entry["extra_info"]["id"] for entry in details["benchmarks"]} == set(
         row["id"] for row in small.result["rows"] if row["status"] == "ok"
     )
+
+
+def test_traces_show_the_ops_of_every_row_that_ran(small):
+    found = {path.stem: json.loads(path.read_text()) for path in (small.folder / "traces").iterdir()}
+    ran = [row["id"] for row in small.result["rows"] if row["status"] == "ok"]
+    assert sorted(found) == sorted(name.replace("/", "-") for name in ran)
+    for trace in found.values():
+        assert {"limber_fast::info_nce_fwd", "limber_fast::info_nce_bwd"} <= {
+            event.get("name") for event in trace["traceEvents"]
+        }
 
 
 def test_wrong_kernel_fails_before_any_time_is_shown(tmp_path):
@@ -165,6 +178,17 @@ def test_gate_compares_ratios_to_eager(small, factor, code, tmp_path, monkeypatc
     (tmp_path / "old.json").write_text(json.dumps(old))
     assert _gate(small, tmp_path, monkeypatch) == code
     assert (f"{worse['id']}: " in capsys.readouterr().err) == bool(code)
+
+
+def test_gate_fails_where_a_row_ran_before_and_does_not_now(small, tmp_path, monkeypatch, capsys):
+    (tmp_path / "old.json").write_text(json.dumps(small.result))
+    now = copy.deepcopy(small.result["rows"])
+    lost = next(row for row in now if row["status"] == "ok")
+    del lost["eager_ratio"]
+    lost |= {"status": "skipped", "reason": "no kernel of our own"}
+    monkeypatch.setitem(small.result, "rows", now)
+    assert _gate(small, tmp_path, monkeypatch) == 1
+    assert f"{lost['id']}: " in (error := capsys.readouterr().err) and "skipped now: no kernel of our own" in error
 
 
 def test_gate_fails_where_nothing_is_in_common(small, tmp_path, monkeypatch, capsys):

@@ -114,7 +114,7 @@ def normalized_shape(op: str, shape: Sequence[int], weight: Tensor) -> None:
 
 def image_tokens(op: str, rows: Sequence[Sequence[int]], token: int, n_images: int, k: int, vocabulary: int) -> None:
     """Every run of image tokens is whole images, one for each in features, and other ids are rows of embedding."""
-    images = 0
+    images, last = 0, None  # `last`: the row of the last run that has an image
     for number, row in enumerate(rows):
         for is_image, run in groupby(row, lambda found: found == token):
             length = sum(1 for _ in run)
@@ -122,9 +122,12 @@ def image_tokens(op: str, rows: Sequence[Sequence[int]], token: int, n_images: i
                 contract = f"hold image tokens in runs of a multiple of k = {k}"
                 raise invalid(op, "input_ids", contract, f"a run of {length} in row {number}", "each image takes k")
             images += is_image * (length // k)
+            if is_image and images - length // k < n_images:
+                last = number
     if images != n_images:
         contract = f"have a run of k = {k} image tokens for each of the {n_images} images in features"
-        raise invalid(op, "input_ids", contract, f"runs for {images} images", f"image_token_id is {token}")
+        where = "" if last is None else f", the last image in row {last}"
+        raise invalid(op, "input_ids", contract, f"runs for {images} images", f"image_token_id is {token}{where}")
     for number, row in enumerate(rows):
         for found in row:
             if found != token and not 0 <= found < vocabulary:

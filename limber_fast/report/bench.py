@@ -129,6 +129,7 @@ def _run(args: argparse.Namespace, console: Console) -> tuple[int, Recorder]:
     ]  # fmt: skip
     options += ["-m", "quick"] if args.quick else []
     options += ["-k", args.select] if args.select else []
+    options += [f"--trace-into={args.output / 'traces'}"] if args.trace else []
     try:
         with _threads(args.threads), console.progress("benchmarks", total=1.0) as update:
             recorder = Recorder(update)
@@ -167,7 +168,8 @@ def _result(args: argparse.Namespace, recorder: Recorder) -> dict[str, Any]:
 
 
 def _hold_against(old: dict[str, Any], new: dict[str, Any], limit: float | None, console: Console) -> bool:
-    """Prints both runs' ratios; False where one fell by more than `limit`, or where there is nothing to compare."""
+    """Prints both runs' ratios; False where one fell by more than `limit` or a row that had one ran no more, or where
+    there is nothing to compare."""
     before, now = ratios(old), ratios(new)
     common = [row for row in before if row in now]
     console.table(
@@ -179,6 +181,7 @@ def _hold_against(old: dict[str, Any], new: dict[str, Any], limit: float | None,
         ("CPU", old["machine"]["cpu"]["model"], new["machine"]["cpu"]["model"]),
         ("kernels", old["machine"]["cpu"]["isa"], new["machine"]["cpu"]["isa"]),
         ("number of threads", old["threads"], new["threads"]),
+        ("GPU", _devices(old), _devices(new)),
     ):
         if one != other:
             console.print(f"the runs differ in {name}: {one} then, {other} now", markup=False)
@@ -189,10 +192,17 @@ def _hold_against(old: dict[str, Any], new: dict[str, Any], limit: float | None,
     if not common:
         console.error("--compare: the runs have no row with a ratio to eager in common")
         return False
+    unmeasured = [row for row in new["rows"] if row["id"] in before and row["id"] not in now]
+    for row in unmeasured:
+        console.error(f"{row['id']}: {before[row['id']]:.2f}x of eager before, {row['status']} now: {row['reason']}")
     fallen = regressions(old, new, limit)
     for row, then, here in fallen:
         console.error(f"{row}: {here:.2f}x of eager, was {then:.2f}x: fell by {1 - here / then:.1%}, over {limit:.0%}")
-    return not fallen
+    return not fallen and not unmeasured
+
+
+def _devices(result: dict[str, Any]) -> str:
+    return ", ".join(device["name"] for device in result["machine"]["cuda"]["devices"]) or "none"
 
 
 def _reason(report: pytest.TestReport) -> str | None:

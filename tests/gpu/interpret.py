@@ -17,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import torch
 import triton
 import triton.language as tl
 from triton.runtime import interpreter as stock
@@ -31,8 +32,10 @@ _rewritten: dict[Callable[..., Any], stock.InterpretedFunction] = {}
 
 
 @contextlib.contextmanager
-def interpreted() -> Iterator[None]:
+def interpreted(traps: bool = False) -> Iterator[None]:
     """Launches of @triton.jit kernels inside the block run in Triton's interpreter, programs one after the other.
+
+    traps: a launch may touch the tensors it is given and nothing else, and its programs must not race; as `checked`.
 
     Define and import kernels outside: what is decorated inside the block stays interpreted for good.
     """
@@ -42,7 +45,7 @@ def interpreted() -> Iterator[None]:
         stack.enter_context(numerics.repaired())
         stack.enter_context(_one_blas_thread())
         stack.enter_context(np.errstate(all="ignore"))  # infinities and NaN are values here, as on the GPU
-        stack.enter_context(mock.patch.object(JITFunction, "run", _launch))
+        stack.enter_context(mock.patch.object(JITFunction, "run", _trapped if traps else _launch))
         stack.enter_context(mock.patch.object(JITFunction, "__call__", _call))
         triton.knobs.runtime.interpret = True
         try:
@@ -56,6 +59,11 @@ def _launch(self: JITFunction, *arguments: Any, grid: Any, warmup: bool = False,
         _interpreted_function(self).run(*arguments, grid=grid, warmup=warmup, **keywords)
     except Exception as error:
         raise _cause(error) from None
+
+
+def _trapped(self: JITFunction, *arguments: Any, **keywords: Any) -> None:
+    with checked(*(x for x in (*arguments, *keywords.values()) if isinstance(x, torch.Tensor))):
+        _launch(self, *arguments, **keywords)
 
 
 def _call(self: JITFunction, *arguments: Any, **keywords: Any) -> Any:

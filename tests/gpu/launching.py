@@ -77,7 +77,7 @@ def running(engine: str, **options: Any) -> AbstractContextManager[None]:
     """Inside the block every launch runs on `engine`; options go to the executor of PTX."""
     if engine == "cuda":
         return nullcontext()
-    return interpreted() if engine == "interpreted" else executed(engine, **options)
+    return interpreted(traps=True) if engine == "interpreted" else executed(engine, **options)
 
 
 def executed(target: str, **options: Any) -> AbstractContextManager[None]:

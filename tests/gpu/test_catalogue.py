@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from limber_fast.kernels import catalogue
+from limber_fast.kernels import catalogue, info_nce_cases
 from limber_fast.kernels.catalogue import TARGETS, Case
 from limber_fast.report.aot import pool
 
@@ -47,6 +47,17 @@ def test_cases_are_named_and_their_work_is_counted(target):
             assert work.programs >= 1 and work.loop_trips >= 1 and work.outer_trips >= 1, case.name
             assert work.dram_bytes > 0 and min(work.flops, work.l2_bytes) >= 0, case.name
             assert case.name.partition("/")[0] == case.kernel.__name__, f"{file}: {case.name}"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("rows", [1, 999, 2560, 5001, 20000])
+def test_no_size_asks_for_a_build_of_its_own(target, rows):
+    """Sizes are no constants of info_nce's builds, but for strips and bands, all of which are listed."""
+    listed = {case.build for case, _ in info_nce_cases.cases(target)}
+    for options in info_nce_cases.OPTIONS[::3]:
+        for launch in info_nce_cases.launches(target, options, options.arithmetic[0], rows):
+            case = launch.case(launch.kernel.__name__, False)
+            assert case.build in listed, (case.name, launch.constants, case.divisible)
 
 
 def test_cases_compile_in_other_processes(monkeypatch):

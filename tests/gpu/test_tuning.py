@@ -93,6 +93,12 @@ def test_folder_is_the_users_alone(fresh):
     assert sorted(path.name for path in fresh.iterdir()) == ["autotune.json", "autotune.lock"]
 
 
+def test_folder_that_others_may_read_becomes_the_users_alone(fresh):
+    fresh.mkdir(mode=0o755)
+    tuning.choose("a", CANDIDATES, len)
+    assert stat.S_IMODE(fresh.stat().st_mode) == 0o700
+
+
 @pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
 def test_folder_that_others_may_write_is_refused(fresh, mode):
     fresh.mkdir()

@@ -1,7 +1,7 @@
 """Choices timed on this machine's own GPU, kept between runs; only where LIMBER_FAST_AUTOTUNE=1 asks for it.
 
-Without it the table's own row is taken and nothing is read, timed or written. Candidates are rows of a kernel file's
-table, all of them in its catalogue and so through the compile gate: nothing else is ever timed.
+Without it the table's own row is taken and nothing is read, timed or written. Candidates differ in what leaves the
+build as it is, such as the number of programs: nothing that has not been through the compile gate is ever timed.
 
 The file is `$XDG_CACHE_HOME/limber_fast/autotune.json` (`~/.cache` by default), in a folder of the user's alone (mode
 0700). One that others own or may write is refused: what stands in it decides what runs here.
@@ -54,7 +54,7 @@ def choose(key: str, candidates: Sequence[str], measure: Callable[[str], float])
 
 
 def private_folder() -> Path:
-    """The folder of the cache, made with mode 0700 where it is missing.
+    """The folder of the cache, of mode 0700.
 
     Raises:
         PermissionError: somebody else owns it or may write to it.
@@ -68,6 +68,8 @@ def private_folder() -> Path:
             f"{ENVIRONMENT_VARIABLE}: {folder} must be a folder that only you can write to; found "
             f"{stat.filemode(found.st_mode)} of user {found.st_uid}; remove it, or chmod 700 your own"
         )
+    if found.st_mode & 0o077:  # others could read it
+        folder.chmod(0o700)
     return folder
 
 
