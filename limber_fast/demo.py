@@ -76,8 +76,19 @@ def main(args: argparse.Namespace, console: Console) -> int:
         trainers.append(trainer := build_trainer(config, test_set.train))
         if (code := _trained(trainer, place, args.resume, console)) != 0:
             return code
+    try:
+        _report(args, trainers, folders, test_set, console)
+    except ValueError as error:  # scores that are not finite
+        console.error(str(error))
+        return FAILED
+    return 0
 
-    trainer, config = trainers[0], trainers[0].config
+
+def _report(
+    args: argparse.Namespace, trainers: list[Trainer], folders: list[Path], test_set: TestSet, console: Console
+) -> None:
+    """Tests what was trained, times the loss and writes the page into the first folder."""
+    folder, trainer, config = folders[0], trainers[0], trainers[0].config
     console.print("testing on fluent-emoji-flat")
     found = evaluate(trainer.averaged_model(), trainer.tokenizer, test_set, seed=config.seed)
     console.table("Zero-shot, percent", ZERO_SHOT_HEADER, zero_shot_rows(found))
@@ -92,7 +103,6 @@ def main(args: argparse.Namespace, console: Console) -> int:
     console.table("Loss, forward + backward", TIMING_HEADER, timing_rows(points))
     _write(folder, trainer, found, (limber, benchmark), points)
     console.print(f"{folder / 'report.html'}")
-    return 0
 
 
 def _trained(trainer: Trainer, folder: Path, resume: bool, console: Console) -> int:

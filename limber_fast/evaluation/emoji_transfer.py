@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from limber_fast import checks
 from limber_fast.data.emoji import EmojiDataset, concepts
 from limber_fast.evaluation.emoji import TestSet
 from limber_fast.evaluation.linear_probe import fit_probe, probe_of
+from limber_fast.evaluation.ranking import top_k
 from limber_fast.evaluation.zero_shot import class_features, image_features, name_prompts, similarities
 from limber_fast.models.clip import SmallClip, SmallResNet
 from limber_fast.models.tokenizer import WordTokenizer
@@ -21,7 +23,8 @@ from limber_fast.training.projection import Standardise, grid_features
 
 @dataclass(frozen=True)
 class GroupAccuracy:
-    """Percent of the unseen vendor's drawings of a group of concepts that are named right among the group's names."""
+    """Percent of the unseen vendor's drawings of a group of concepts that are named right among the group's names.
+    Ties count as wrong."""
 
     group: str
     names: int
@@ -32,7 +35,8 @@ class GroupAccuracy:
 
 @dataclass(frozen=True)
 class Shift:
-    """Percent of drawings of held-out concepts whose subgroup is right: by the training vendors, by the unseen one."""
+    """Percent of drawings of held-out concepts whose subgroup is right: by the training vendors, by the unseen one.
+    Ties count as wrong."""
 
     model: str
     known_vendors: float
@@ -48,6 +52,8 @@ def against_probe(
     features = grid_features(supervised, train.images)
     standard = Standardise.of(features)
     features, tested = standard(features).numpy(), standard(grid_features(supervised, test.images)).numpy()
+    for name, x in (("features of train", features), ("features of test", tested)):
+        checks.finite_scores("against_probe", name, x)
     pictures = image_features(clip, test.images)
     drawn, asked = train.concept.numpy(), test.concept.numpy()
     group_of = np.array([concept.group for concept in known])
@@ -61,9 +67,10 @@ def against_probe(
             continue
         probe = probe_of(strength).fit(features[fit], drawn[fit])
         prompts = [name_prompts(known[i]) for i in names]
-        best = similarities(pictures[rows], class_features(clip, tokenizer, prompts)).argmax(1).numpy()
-        zero_shot = 100 * float((names[best] == asked[rows]).mean())
-        percent = 100 * float(probe.score(tested[rows], asked[rows]))
+        labels = torch.from_numpy(np.searchsorted(names, asked[rows]))  # `names` are the probe's classes, in its order
+        by_names = similarities(pictures[rows], class_features(clip, tokenizer, prompts))
+        by_probe = torch.from_numpy(probe.predict_proba(tested[rows]))
+        zero_shot, percent = (top_k(scores, labels)["top1"] for scores in (by_names, by_probe))
         found.append(GroupAccuracy(group.replace("-", " "), len(names), int(rows.sum()), zero_shot, percent))
     return found
 
@@ -89,17 +96,17 @@ def robustness(clip: SmallClip, tokenizer: WordTokenizer, supervised: SmallResNe
     same = Drawings.of(EmojiDataset(concepts="unseen"))
     same = same[torch.isin(same.concept, unseen.concept)]
 
-    def right(guesses: Tensor, drawings: Drawings) -> float:
+    def right(scores: Tensor, drawings: Drawings) -> float:
         truth = torch.tensor([labels.index(known[i].subgroup) for i in drawings.concept.tolist()])
-        return 100 * float((guesses == truth).float().mean())
+        return top_k(scores, truth)["top1"]
 
     def by_names(drawings: Drawings) -> Tensor:
-        return similarities(image_features(clip, drawings.images), classes).argmax(1)
+        return similarities(image_features(clip, drawings.images), classes)
 
     def by_label(drawings: Drawings) -> Tensor:
-        return torch.cat([supervised(part.float() / 255) for part in drawings.images.split(512)]).argmax(1)
+        return torch.cat([supervised(part.float() / 255) for part in drawings.images.split(512)])
 
     return [
-        Shift(name, right(guess(same), same), right(guess(unseen), unseen))
-        for name, guess in (("zero-shot CLIP", by_names), ("supervised classifier", by_label))
+        Shift(name, right(scores_of(same), same), right(scores_of(unseen), unseen))
+        for name, scores_of in (("zero-shot CLIP", by_names), ("supervised classifier", by_label))
     ]

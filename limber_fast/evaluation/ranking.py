@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from limber_fast import checks
+
 
 def ranks(scores: Tensor, labels: Tensor) -> Tensor:
     """Rank of the right class, 0 for the best: how many other classes score at least as high.
@@ -23,6 +25,8 @@ def ranks(scores: Tensor, labels: Tensor) -> Tensor:
 
 def top_k(scores: Tensor, labels: Tensor) -> dict[str, float]:
     """Top-1 and top-5 accuracy in percent, with the number of test images and of classes."""
+    if len(labels) == 0:
+        raise checks.invalid("top_k", "labels", "hold at least one image", "none")
     found = ranks(scores, labels)
     percent = {f"top{k}": 100 * float((found < k).float().mean()) for k in (1, 5)}
     return {**percent, "images": len(labels), "classes": scores.shape[1]}

@@ -7,8 +7,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from limber_fast import files
+from limber_fast import checks, files
 from limber_fast.data import emoji
 from limber_fast.evaluation.emoji import Evaluation
 from limber_fast.report import charts, page
@@ -75,26 +76,34 @@ def _ratio(eager: Point | None, fused: Point | None, field: str) -> str:
     return f"{pair[0] / pair[1]:.2f}x" if len(pair) == 2 and pair[1] > 0 else "-"
 
 
-def _finite(value):
-    """JSON has no NaN: a number that is not finite becomes null."""
+def _finite(name: str, value: Any) -> None:
+    """null stands for what this run does not have; a number that is not finite is a fault, and must not read so."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, item in value.items():
+            _finite(f"{name}.{key}", item)
+    elif isinstance(value, (list, tuple)):
+        for at, item in enumerate(value):
+            _finite(f"{name}[{at}]", item)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise checks.invalid("result.json", name, "be finite", str(value))
 
 
 def write_result(path: Path, run: dict, found: Evaluation, limber: dict, points: Sequence[Point]) -> dict:
-    """result.json: every figure of the page; `run` holds settings, machine and training facts."""
-    result = _finite({
+    """result.json: every figure of the page; `run` holds settings, machine and training facts.
+
+    Raises: ValueError for a figure that is not finite.
+    """
+    result = {
         **run,
         "zero_shot": found.tables,
         "linear_probe_group": found.probe,
         "limber": limber,
         "confusion_by_group": {"groups": found.groups, "counts": found.confusion.tolist()},
         "loss_timing": [asdict(point) for point in points],
-    })  # fmt: skip
-    files.replace(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    }
+    for name, value in result.items():
+        _finite(name, value)
+    files.replace(path, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     return result
 
 

@@ -33,6 +33,11 @@ def test_scores_must_be_finite(bad):
         ranks(torch.tensor([[-torch.inf, 0.0]]), torch.tensor([0]))
 
 
+def test_a_share_of_no_images_is_refused():
+    with pytest.raises(ValueError, match="top_k: labels must hold at least one image; got none"):
+        top_k(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))
+
+
 def test_class_features_are_open_clips():
     tokenizer = WordTokenizer.from_captions(c.name for c in concepts())
     model = SmallClip(SmallClipConfig(vocab_size=tokenizer.vocab_size)).eval()
