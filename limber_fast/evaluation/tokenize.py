@@ -68,7 +68,8 @@ _RULES = tuple(
         r"'(?:[sSmMdD]|ll|LL|re|RE|ve|VE)(?![A-Za-z])",
         rf"(?i:[dol]'){_LETTER}{_ALNUM}*",
         r"(?i:ma'am|o'er|n?e'er|cap'n|c'mon|s'mores|ol'|dunkin'|somethin')",
-        r"(?i:'n'|'(?:em|cause|till?|n)(?![A-Za-z])|[ldjy]'|'\d\ds?(?!\d))",
+        r"(?i:'n'|'(?:em|cause|till?|n)(?![A-Za-z])|[ldjy]'|'[2-9]0s)",
+        r"'\d\d(?=\s|$)",  # '98, but not before an inch mark or a full stop
         # acronyms and abbreviations, with their full stop
         r"[A-Z]+(?:[+&][A-Z]+)+",
         r"[A-Za-z](?:\.[A-Za-z])+\.",

@@ -32,6 +32,9 @@ RECORDED = {
     "what?? ok!! a+b a*b a&b <b>bold</b> :) [x] {y}":
         "what ?? ok !! a + b a * b a & b <b> bold </b> :-rrb- -lsb- x -rsb- -lcb- y -rcb-",
     "café 50¢ £5 ½ 😀 a \u2013 b": "café 50 cents # 5 1/2 a b",
+    "5'10\" man by 6' surfboard, 5'10 man, 5'10s": "5 10 man by 6 surfboard 5 '10 man 5 10s",
+    "class of '98 in '95. ('97) the '20s '90s-style '90's '10s":
+        "class of '98 in 95 -lrb- 97 -rrb- the '20s '90s style 90 's 10s",
     "": "",
     " . ,; ": "",
 }  # fmt: skip
