@@ -21,8 +21,10 @@ NOTE = (
     "count only where they match whole. Shots are drawings of the training vendors. Random: the same tower with random "
     "weights and a map of its own. Blind: CLIP's map on a white picture. Shuffled: on another drawing. Told in words: "
     "name and two keywords in the place of the soft prompts, what the language model can do at best. The text of the "
-    "language model holds the names of all concepts, of those whose drawings are held out too. Tone asks whether the "
-    "emoji comes in skin tones, half of the questions yes; colour is read from the pixels."
+    "language model holds the names of all concepts, of those whose drawings are held out too; in three of five of its "
+    "lines, but those on colour, weighted sums of names' token embeddings stood in the place of the words, made to be "
+    "like soft prompts. Tone asks whether the emoji comes in skin tones, half of the questions yes; colour is read "
+    "from the pixels."
 )
 FULL_NOTE = (
     "Label-supervised: the same tower trained on the concepts' subgroups, without captions (as NFRN50 on ImageNet's "
