@@ -83,19 +83,28 @@ def order(found: Miniature) -> str:
     return f"CIDEr-D falls in the paper's order: CLIP, label-supervised, self-supervised, random{rest}."
 
 
+def held(found: Miniature) -> str:
+    """How many of the bars hold, and which do not."""
+    verdicts = bars(merged(found.limber))
+    missed = [what for what, _, ok in verdicts if not ok]
+    if not missed:
+        return f"All {len(verdicts)} expectations hold."
+    return f"{len(verdicts) - len(missed)} of {len(verdicts)} expectations hold. Not held: {'; '.join(missed)}."
+
+
 def markdown(found: Miniature) -> str:
     """The tables as Markdown, for a note or a README."""
 
     def lines(header: tuple[str, ...], rows: list[list[str]]) -> list[str]:
         return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
 
-    ceiling = f"CIDEr-D's ceiling: {found.limber[0].ceiling:.0f}. {_intervals(found)} {order(found)}"
+    ceiling = f"CIDEr-D's ceiling: {found.limber[0].ceiling:.0f}. {_intervals(found)} {order(found)} {held(found)}"
     return "\n".join([*lines(HEADER, table(found)), "", ceiling, "", *lines(KINDS_HEADER, kinds(found)), ""])
 
 
 def section(found: Miniature, benchmark: Benchmark, seed: int = 0, examples: int = 24) -> str:
     summaries = merged(found.limber)
-    verdicts = [[what, figures, "yes" if held else "no"] for what, figures, held in bars(summaries)]
+    verdicts = [[what, figures, "yes" if ok else "no"] for what, figures, ok in bars(summaries)]
     ceiling = f"CIDEr-D of each concept's first name, the ceiling here: {found.limber[0].ceiling:.0f}."
     return page.section(
         "limber",
@@ -104,6 +113,7 @@ def section(found: Miniature, benchmark: Benchmark, seed: int = 0, examples: int
         page.paragraph(f"{ceiling} {_intervals(found)} {NOTE} {FULL_NOTE if LABELS in summaries else ''}", "note"),
         page.paragraph(order(found)),
         page.table(KINDS_HEADER, kinds(found)),
+        page.paragraph(held(found)),
         page.table(("expected", "found", "held"), verdicts),
         *(_figures(found) if found.groups else [page.paragraph(LACKS, "note")]),
         page.paragraph("Random drawings with CLIP's captions and answers without shots; a tick marks what is right."),

@@ -171,17 +171,21 @@ def test_rows_are_scored_ordered_and_not_asked_again(tmp_path, monkeypatch):
 
 
 def test_an_order_that_did_not_appear_is_named():
-    def row(cider, group=20.0, named=0.0):
-        return {"cider_d": {"mean": cider}, "vqa": {"group": {"0": {"mean": group}}}, "name_seen": {"mean": named}}
+    def row(cider, *group, named=0.0):
+        by_shots = {str(n): {"mean": share} for n, share in zip(SHOTS, group or (20.0,), strict=False)}
+        return {"cider_d": {"mean": cider}, "vqa": {"group": by_shots}, "name_seen": {"mean": named}}
 
-    summaries = {"CLIP": row(30, 50, 16), "label-supervised": row(35), "self-supervised": row(10), "random": row(4),
-                 "blind": row(0, 26), "shuffled": row(0), "most frequent answer": row(0)}  # fmt: skip
+    summaries = {"CLIP": row(30, 50, named=16), "label-supervised": row(35, 34), "self-supervised": row(10),
+                 "random": row(4), "blind": row(0, 20, 25, 26, 20), "shuffled": row(0, 20, 25, 24, 25),
+                 "most frequent answer": row(0)}  # fmt: skip
     assert demo_limber.missed_orders(summaries) == ["CLIP is not above label-supervised in CIDEr-D: 30.0 against 35.0."]
-    held = {what: ok for what, _, ok in demo_limber.bars(summaries)}
-    assert held == {
+    found = demo_limber.bars(summaries)
+    assert [figures for what, figures, _ in found if "blind" in what] == ["20.0 / 25.0 / 26.0 / 20.0, 20.0"]
+    assert {what: ok for what, _, ok in found} == {
         "group questions, 0 shots: CLIP at least random + 15": True,
-        "blind at most the most frequent answer + 5": False,
-        "shuffled at most the most frequent answer + 5": True,
+        "group questions, 0 shots: label-supervised at least random + 15": False,
+        "group questions, 0 / 1 / 2 / 4 shots: blind at most the most frequent answer + 5": False,
+        "group questions, 0 / 1 / 2 / 4 shots: shuffled at most the most frequent answer + 5": True,
         "CIDEr-D: CLIP above label-supervised": False,
         "CIDEr-D: CLIP above self-supervised": True,
         "CIDEr-D: CLIP above random": True,
