@@ -35,7 +35,8 @@ class Config:
 
     `narrow` replaces the first two where options (statistics, smoothing, labels with norms) keep more values beside the
     accumulator, with `sigmoid_narrow` the forward of the sigmoid, with `normalize_narrow` dS of normalised towers.
-    `separate_warps`: of the tiles of dS that need two exponentials.
+    with `labels_narrow` that of labels. `separate_warps`: of the tiles of dS that need two exponentials.
+    `selected_redo_warps`: of redone tiles with ids or norms.
     """
 
     forward: Tiles
@@ -47,6 +48,8 @@ class Config:
     sigmoid_narrow: bool = False
     normalize_narrow: bool = False
     separate_warps: int = 8
+    labels_narrow: bool = False
+    selected_redo_warps: int = 8
 
 
 _HOPPER_16 = Config(
@@ -63,6 +66,9 @@ _HOPPER_16 = Config(
     narrow=Tiles(128, 64, 64, 8, 3),
     tma=True,
 )
+# fp16 needs more registers than bf16: with labels dS spills 12, with ids or norms redone tiles 55 to 73 in eight warps;
+# without either those spill 6 in sixteen.
+_HOPPER_FP16 = replace(_HOPPER_16, labels_narrow=True, selected_redo_warps=16)
 # Other compilers than Triton 3.8 need more registers: with four warps 3.6 spills 2 (forward) and 53 (dS), 3.9 6 in the
 # forward; 5 in the sigmoid's forward with eight.
 _HOPPER_16_EIGHT_WARPS = replace(
@@ -90,6 +96,7 @@ _AMPERE_16 = Config(
 # Rows that are not whole 16 bytes, on any chip: the masks of such loads take the registers of half a tile (at
 # 128 x 128 the products spill 1 to 7).
 _RAGGED_16 = replace(_AMPERE_16, dual=Tiles(128, 64, 32, 8, 4))
+_RAGGED_FP16 = replace(_RAGGED_16, ds=Tiles(128, 64, 32, 8, 4))  # on sm_90 1 and 7 spill at 128 x 128
 _RAGGED_BLACKWELL_16 = replace(
     _RAGGED_16, forward=Tiles(128, 32, 32, 8, 4), ds=Tiles(128, 32, 32, 8, 4), narrow=Tiles(128, 32, 32, 8, 4)
 )
@@ -144,9 +151,13 @@ def choose(capability: tuple[int, int], dtype: torch.dtype, precision: str, alig
             return _AMPERE_IEEE if aligned else _RAGGED_AMPERE_IEEE
         return _IEEE
     if not aligned:
-        return _RAGGED_BLACKWELL_16 if blackwell else _RAGGED_16
+        if blackwell:
+            return _RAGGED_BLACKWELL_16
+        return _RAGGED_FP16 if dtype == torch.float16 else _RAGGED_16
     if blackwell:
         return _BLACKWELL_16
     if hopper:
-        return _HOPPER_16 if known else _HOPPER_16_EIGHT_WARPS
+        if not known:
+            return _HOPPER_16_EIGHT_WARPS
+        return _HOPPER_FP16 if dtype == torch.float16 else _HOPPER_16
     return _AMPERE_16

@@ -106,12 +106,15 @@ class Call:
 
     def ds_tiles(self) -> Tiles:
         # What these keep beside the accumulator spills at the usual tile.
-        crowded = self.label_smoothing > 0
+        crowded = self.label_smoothing > 0 or (self.labels is not None and self.config.labels_narrow)
         if self.normalize:
             crowded |= self.labels is not None or self.config.normalize_narrow
         if self.sigmoid:
             crowded |= self.image_ids is not None
         return self.config.narrow if crowded else self.config.ds
+
+    def redo_warps(self) -> int:
+        return self.config.selected_redo_warps if self.normalize or self.image_ids is not None else 8
 
     def grid(self, items: int) -> tuple[int]:
         return (max(1, min(items, self.programs)),)
@@ -228,7 +231,7 @@ def _band(
                 HAS_EXTRAS=extras, WIDE=call.image.dtype == torch.float32, PIECES=tiles.pieces,
                 KEPT=tiles.kept, **product,
             )  # fmt: skip
-            forward.info_nce_redo_kernel[grid](**common, **side, **product | {"num_warps": 8})
+            forward.info_nce_redo_kernel[grid](**common, **side, **product | {"num_warps": call.redo_warps()})
         first += num_n
 
     def merge(part: Tensor, more: Tensor, state: Tensor, extra: Tensor, at: int, n: int) -> None:
