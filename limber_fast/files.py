@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from limber_fast import checks
+from limber_fast import checks, torchscript
 
 
 def broken() -> tuple[type[Exception], ...]:
@@ -28,6 +28,8 @@ def broken() -> tuple[type[Exception], ...]:
 
 def reason(error: Exception) -> str:
     """The first sentence of an error that may have none."""
+    if str(error).startswith("Weights only load failed"):  # whose first sentence does not say what was found
+        return "something else, or code"
     return (str(error).strip().splitlines() or [""])[0].partition(". ")[0] or type(error).__name__
 
 
@@ -52,7 +54,7 @@ def replace(path: Path, data: bytes | str) -> None:
 
 
 def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The state dict of a .safetensors file or, by weights_only, of one of torch.save.
+    """The state dict of a .safetensors file, of a TorchScript archive or, by weights_only, of one of torch.save.
 
     Raises: ValueError with one line for anything else; OSError where there is no file.
     """
@@ -62,6 +64,8 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        if torchscript.is_archive(path):
+            return torchscript.state_of(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except broken() as error:
         contract = "be a state dict that holds tensors alone"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from limber_fast import checks
 from limber_fast.files import fill, load_state
+from limber_fast.models import open_clip_files
 from limber_fast.optional import needed
 
 _OP = "encoder"
@@ -88,7 +89,8 @@ def encoder(name: str, *, weights: str | os.PathLike[str] | bool | None = True, 
             whose 2 x 2 grid is taken.
         weights: True for the pre-trained ones, which the libraries download (of an open_clip model, if it has one set);
             a tag of theirs for open_clip:MODEL, timm's are part of the name: timm:MODEL.TAG; a file of a state dict
-            (safetensors, or read with weights_only); False or None for random ones.
+            (safetensors, a TorchScript archive such as OpenAI's RN50x16.pt, or read with weights_only; nothing in it is
+            run), which wins over a tag of the same name; False or None for random ones.
         seed: of random weights.
 
     Raises: ValueError for an unknown name. ImportError with the command that installs what is missing.
@@ -124,22 +126,28 @@ def open_clip_model(name: str, model: str, weights: Any) -> tuple[nn.Module, Cal
     open_clip = needed("open_clip", f"encoder {name!r}")
     if open_clip.get_model_config(model) is None:
         raise checks.invalid(_OP, "name", "be a model of open_clip.list_models()", repr(model))
+    tags = open_clip.list_pretrained_tags_by_model(model)
     if weights is True:
-        tags = open_clip.list_pretrained_tags_by_model(model)
         if len(tags) != 1:
             raise checks.invalid(_OP, "weights", f"be one of {', '.join(tags) or 'a file, or None'}", "True")
         weights = tags[0]
-    elif weights is not None and not Path(weights).is_file() and weights not in (
-        tags := open_clip.list_pretrained_tags_by_model(model)
-    ):
+    path = None if weights is None or not Path(weights).is_file() else str(weights)
+    if weights is not None and path is None and weights not in tags:
         raise checks.invalid(_OP, "weights", f"be a file or one of {', '.join(tags)}", repr(weights))
+    state, openai = (None, False) if path is None else open_clip_files.read(path)
     try:
-        found = open_clip.create_model(model, pretrained=None if weights is None else str(weights)).eval()
+        with open_clip_files.quiet():
+            found = open_clip.create_model(
+                model, pretrained=weights if path is None else None, pretrained_text=False,
+                force_quick_gelu=openai,  # which OpenAI trained with
+            ).eval()  # fmt: skip
     except RuntimeError as error:  # what it makes of every way in which the hub cannot be reached
         if "download" not in str(error):
             raise
         reason = str(error).splitlines()[0]
         raise OSError(f"{_OP} {name}: its weights are not here and did not arrive: {reason}") from error
+    if path is not None:
+        open_clip_files.load(open_clip, found, state, path, name, openai)
     config = open_clip.transform.PreprocessCfg(**found.visual.preprocess_cfg)
     return found, open_clip.transform.image_transform_v2(config, is_train=False)
 

@@ -159,14 +159,20 @@ def test_open_clips_models_and_prompt_sets(folders, tmp_path):
      (("linear-probe", "timm:no_such", "--train", "TRAIN"), "list_models"),
      (("linear-probe", "timm:test_resnet", "--train", "emoji"), "both be emoji"),
      (("zero-shot", "timm:test_resnet", "--names", "NAMES"), "no 'lime'"),
-     (("linear-probe", "timm:test_resnet", "--weights", "random", "--train", "FEW"), "not among the 2 classes")],
+     (("linear-probe", "timm:test_resnet", "--weights", "random", "--train", "FEW"), "not among the 2 classes"),
+     (("zero-shot", "open_clip:ViT-S-32-alt", "--weights", "TEXT"), "text.safetensors: the file must be a state dict"),
+     (("zero-shot", "open_clip:ViT-S-32-alt", "--weights", "OTHER"), "other.pt: the file must hold 'text_projection'"),
+     (("linear-probe", "timm:test_resnet", "--weights", "OTHER", "--train", "TRAIN"), "other.pt: the file must hold")],
 )  # fmt: skip
 def test_bad_calls_are_one_line(folders, tmp_path, capsys, arguments, says):
     (tmp_path / "names.json").write_text('{"dark_red": "x"}')
     for name in ("lime", "navy"):
         (tmp_path / "few" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "few" / name / "a.png")
-    places = {"TRAIN": folders / "train", "NAMES": tmp_path / "names.json", "FEW": tmp_path / "few"}
+    places = {"TRAIN": folders / "train", "NAMES": tmp_path / "names.json", "FEW": tmp_path / "few",
+              "TEXT": tmp_path / "text.safetensors", "OTHER": tmp_path / "other.pt"}  # fmt: skip
+    places["TEXT"].write_text("no weights\n")
+    torch.save({"positional_embedding": torch.zeros(77, 256)}, places["OTHER"])
     code, result = evaluate(tmp_path / "out", *(places.get(x, x) for x in arguments), "--images", folders / "test")
     error = capsys.readouterr().err
     assert (code, result, error.count("\n")) == (1, None, 1) and says in error

@@ -89,6 +89,16 @@ def test_a_folder_without_a_tokenizer_is_refused(config, tmp_path):
     assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
 
 
+def test_foreign_weights_of_the_encoder_are_one_line(config, tmp_path):
+    pytest.importorskip("open_clip")
+    (tmp_path / "text.pt").write_text("no weights\n")
+    ours = command(dataclasses.replace(config, encoder="open_clip:ViT-S-32-alt", encoder_weights="text.pt"))
+    done = subprocess.run(ours, capture_output=True, text=True, timeout=600, env=ENVIRONMENT, cwd=tmp_path)
+    said = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "text.pt: the file must be a state dict that holds tensors alone; got " in said
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+
+
 def test_tensorboard_has_every_column(config, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     ours = command(dataclasses.replace(config, steps=3), "--tensorboard")
