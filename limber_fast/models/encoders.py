@@ -90,7 +90,8 @@ def encoder(name: str, *, weights: str | os.PathLike[str] | bool | None = True, 
         weights: True for the pre-trained ones, which the libraries download (of an open_clip model, if it has one set);
             a tag of theirs for open_clip:MODEL, timm's are part of the name: timm:MODEL.TAG; a file of a state dict
             (safetensors, a TorchScript archive such as OpenAI's RN50x16.pt, or read with weights_only; nothing in it is
-            run), which wins over a tag of the same name; False or None for random ones.
+            run), which wins over a tag of the same name; False or None for random ones. `ImageEncoder.weights` has its
+            absolute path, and `name` that of CHECKPOINT: what is saved loads from any working directory.
         seed: of random weights.
 
     Raises: ValueError for an unknown name. ImportError with the command that installs what is missing.
@@ -102,6 +103,11 @@ def encoder(name: str, *, weights: str | os.PathLike[str] | bool | None = True, 
     if kind not in makers or (kind in ("open_clip", "timm", "demo")) != bool(model):
         known = ", ".join([*NAMED, "open_clip:MODEL", "timm:MODEL", "demo:CHECKPOINT"])
         raise checks.invalid(_OP, "name", f"be one of {known}", repr(name))
+    if kind == "demo":
+        model = os.path.abspath(model)
+        name = f"{kind}:{model}"
+    elif isinstance(weights, (str, os.PathLike)) and (os.path.exists if kind == "beit" else os.path.isfile)(weights):
+        weights = chosen = os.path.abspath(weights)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         found = makers[kind](name, model, chosen or None)

@@ -158,7 +158,7 @@ class Limber(LimberModel):
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes limber.json and one file of tensors, an older Limber there being replaced in one rename: the map, the
         LayerNorm, adapters, and an encoder that was tuned. Of a library's encoder and of the language model the folder
-        has nothing but, of the former, the name."""
+        has nothing but, of the former, the name, and the absolute path of a file of its weights."""
         limber_files.save(self, Path(folder))
 
     @classmethod

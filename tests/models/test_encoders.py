@@ -93,7 +93,7 @@ def test_weights_from_a_file(tmp_path):
         encoder("timm:resnet18", weights=tmp_path / "weights.pt")
 
 
-def test_the_demos_clip(tmp_path, pictures):
+def test_the_demos_clip(tmp_path, pictures, monkeypatch):
     drawings = Drawings.of(EmojiDataset(fold="train"))
     trainer = build_trainer(TrainConfig(concepts_per_batch=8), drawings)
     trainer.save(tmp_path)
@@ -107,6 +107,8 @@ def test_the_demos_clip(tmp_path, pictures):
     assert small_pixels(pictures[1])[:, :, -1].eq(1).all()  # transparency is white
     other = encoder(f"demo:{tmp_path / 'checkpoint.pt'}", weights=None)
     assert not torch.equal(other(images), found(images))
+    monkeypatch.chdir(tmp_path)
+    assert encoder("demo:checkpoint.pt").name == f"demo:{tmp_path / 'checkpoint.pt'}"
 
 
 @pytest.mark.parametrize("name", ["resnet", "timm:", "beit:x", "timm:no_such_model", "open_clip:no-such"])

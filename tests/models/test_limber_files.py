@@ -68,6 +68,24 @@ def test_a_save_is_whole_or_did_not_happen(limber, tmp_path, monkeypatch):
         Limber.from_pretrained(folder, limber.language_model)
 
 
+def test_weights_of_the_encoder_by_a_relative_path(limber, tmp_path, monkeypatch):
+    """A folder loads from wherever it is asked for."""
+    pytest.importorskip("timm")
+    from limber_fast.models.encoders import encoder
+
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    torch.save(encoder("timm:test_resnet", weights=None, seed=5).trunk.state_dict(), "weights.pt")
+    found = encoder("timm:test_resnet", weights="weights.pt")
+    Limber(found, limber.language_model, limber.tokenizer).save_pretrained("map")
+    saved = json.loads((tmp_path / "here" / "map" / "limber.json").read_text())["encoder"]
+    assert saved["weights"] == str(tmp_path / "here" / "weights.pt") == found.weights
+    monkeypatch.chdir(tmp_path / "there")
+    again = Limber.from_pretrained("../here/map", limber.language_model, limber.tokenizer)
+    assert all(map(torch.equal, again.encoder.parameters(), found.parameters()))
+
+
 @pytest.mark.parametrize(
     ("name", "width"), [("clip_linear", 3072), ("beit_ft_linear", 1024), ("nfrn50_4096_linear", 2048)]
 )
