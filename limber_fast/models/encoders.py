@@ -166,6 +166,8 @@ def _open_clip(name: str, model: str, weights: Any) -> ImageEncoder:
         take = _grid
     elif hasattr(visual, "trunk"):  # a timm model
         visual, take = visual.trunk, _timm_features
+    elif visual.attn_pool is not None:  # CoCa's, whose tokens are the pooling's queries
+        take = _patches
     else:
         visual.output_tokens, take = True, lambda trunk, images: trunk(images)[1]
     return ImageEncoder(name, visual, take, preprocess, size)
@@ -173,6 +175,12 @@ def _open_clip(name: str, model: str, weights: Any) -> ImageEncoder:
 
 def _grid(trunk: nn.Module, images: Tensor) -> Tensor:
     return trunk(images).flatten(2).mT
+
+
+def _patches(trunk: nn.Module, images: Tensor) -> Tensor:
+    """Of the last block, as the pooling takes them."""
+    found = trunk.forward_intermediates(images, indices=1, output_fmt="NLC", intermediates_only=True)
+    return found["image_intermediates"][0]
 
 
 def timm_model(name: str, model: str, weights: Any) -> tuple[nn.Module, Callable[[Any], Tensor], tuple[int, int]]:
@@ -203,8 +211,19 @@ def _timm_features(trunk: nn.Module, images: Tensor) -> Tensor:
         raise checks.invalid(_OP, "name", "be a model with one map of features", f"{type(trunk).__name__}, which has "
                              f"{len(x)}", "see timm.list_models()")  # fmt: skip
     if x.ndim == 3:
-        return x[:, getattr(trunk, "num_prefix_tokens", 0) :]
+        prefix = _prefix_tokens(trunk)
+        if x.shape[1] <= prefix:
+            contract = "be a model whose features have places in the picture"
+            raise checks.invalid(_OP, "name", contract, f"{type(trunk).__name__}, which has its class token alone")
+        return x[:, prefix:]
     return (x if x.shape[1] == trunk.num_features else x.movedim(3, 1)).flatten(2).mT
+
+
+def _prefix_tokens(trunk: nn.Module) -> int:
+    """How many tokens come before those of the picture's places; not all of timm's models say it."""
+    if (said := getattr(trunk, "num_prefix_tokens", None)) is not None:
+        return said
+    return next((x.shape[1] for name, x in trunk.named_parameters(recurse=False) if name.startswith("cls_token")), 0)
 
 
 def _beit(name: str, _: str, weights: Any) -> ImageEncoder:

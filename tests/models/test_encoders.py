@@ -39,7 +39,8 @@ def pictures(tmp_path_factory):
     ("name", "tokens", "width", "size"),
     [("clip-random", 144, 3072, 384), ("beit-random", 196, 1024, 224), ("nfrn50-random", 1, 2048, 384),
      ("open_clip:RN50", 49, 2048, 224), ("open_clip:ViT-B-32", 49, 768, 224), ("timm:resnet18", 49, 512, 224),
-     ("timm:vit_tiny_patch16_224", 196, 192, 224)],
+     ("timm:vit_tiny_patch16_224", 196, 192, 224), ("timm:volo_d1_224", 196, 384, 224),
+     ("timm:coat_lite_tiny", 49, 320, 224), ("open_clip:coca_ViT-B-32", 49, 768, 224)],
 )  # fmt: skip
 def test_shapes(name, tokens, width, size, pictures):
     found = encoder(name, weights=None)
@@ -60,6 +61,19 @@ def test_grid_is_row_by_row_before_the_attention_pooling():
         grid = trunk.layer4(trunk.layer3(trunk.layer2(trunk.layer1(trunk.stem(x)))))
         features = found(x)
     torch.testing.assert_close(features[0, 7 * 2 + 3], grid[0, :, 2, 3])
+
+
+@pytest.mark.parametrize("name", ["pit_ti_224", "pit_ti_distilled_224"])
+def test_models_without_a_grid_are_refused(name):
+    with pytest.raises(ValueError, match=r"^encoder: name must be a model whose features have places.* alone$"):
+        encoder(f"timm:{name}", weights=None)
+
+
+def test_patches_of_an_open_clip_model_that_pools_by_attention():
+    found = encoder("open_clip:coca_ViT-B-32", weights=None)
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(found(x), found.trunk.transformer(found.trunk._embeds(x))[:, 1:])
 
 
 def test_seeds_of_random_weights():
