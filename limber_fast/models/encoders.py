@@ -140,12 +140,16 @@ def open_clip_model(name: str, model: str, weights: Any) -> tuple[nn.Module, Cal
     path = None if weights is None or not Path(weights).is_file() else str(weights)
     if weights is not None and path is None and weights not in tags:
         raise checks.invalid(_OP, "weights", f"be a file or one of {', '.join(tags)}", repr(weights))
-    state, openai = (None, False) if path is None else open_clip_files.read(path)
+    if path is None:  # open_clip only warns of a set that was trained with another activation than the model's
+        known = {} if weights is None else open_clip.get_pretrained_cfg(model, weights)
+        state, quick_gelu = None, known.get("quick_gelu", False)
+    else:
+        state, quick_gelu = open_clip_files.read(path)
     try:
         with open_clip_files.quiet():
             found = open_clip.create_model(
                 model, pretrained=weights if path is None else None, pretrained_text=False,
-                force_quick_gelu=openai,  # which OpenAI trained with
+                force_quick_gelu=quick_gelu,
             ).eval()  # fmt: skip
     except RuntimeError as error:  # what it makes of every way in which the hub cannot be reached
         if "download" not in str(error):
@@ -153,7 +157,7 @@ def open_clip_model(name: str, model: str, weights: Any) -> tuple[nn.Module, Cal
         reason = str(error).splitlines()[0]
         raise OSError(f"{_OP} {name}: its weights are not here and did not arrive: {reason}") from error
     if path is not None:
-        open_clip_files.load(open_clip, found, state, path, name, openai)
+        open_clip_files.load(open_clip, found, state, path, name, quick_gelu)
     config = open_clip.transform.PreprocessCfg(**found.visual.preprocess_cfg)
     return found, open_clip.transform.image_transform_v2(config, is_train=False)
 

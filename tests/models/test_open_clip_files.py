@@ -81,6 +81,17 @@ def test_openais_activation(tmp_path):
         assert not torch.equal(plain.encode_text(texts), quick.encode_text(texts))
 
 
+def test_the_activation_of_a_set_by_its_name(tmp_path, monkeypatch):
+    """ViT-B-32's of OpenAI and of LAION differ in it; the file takes the place of the download."""
+    state = open_clip.create_model("ViT-B-32").state_dict()
+    save_file(state, tmp_path / "weights.safetensors")
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *a, **k: str(tmp_path / "weights.safetensors"))
+    for weights, quick in (("openai", True), ("laion2b_e16", False)):
+        found, _ = open_clip_model("open_clip:ViT-B-32", "ViT-B-32", weights)
+        kinds = {type(block.mlp.gelu).__name__ for block in found.visual.transformer.resblocks}
+        assert kinds == {"QuickGELU" if quick else "GELU"}, weights
+
+
 def test_an_archive_is_read_as_torch_reads_it(tmp_path):
     """Tied, strided and empty tensors, nested modules, lists."""
 
