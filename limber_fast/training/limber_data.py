@@ -6,12 +6,13 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -130,15 +131,15 @@ def cached_features(
 
     Every process of a group encodes its share into the file, which appears whole or not at all. `key` says what it was
     made of; another key makes it anew. `watch` is told of this process's share.
+
+    Raises: ValueError in every process where `folder` is not one that all share.
     """
     path, about = folder / "features.bin", folder / "features.json"
-    found = _about(about, key) if path.exists() else None
-    if dist.is_initialized():  # what one process sees counts for all
-        shared = [found]
-        dist.broadcast_object_list(shared)
-        found = shared[0]
+    found = _first(_about(about, key) if path.exists() else None)
     if found is None:
         found = _write(limber, pairs, path, about, key, watch)
+    else:
+        _shared(folder, path.exists() and _about(about, key) == found)
     shape = (len(pairs), limber.encoder.tokens, limber.encoder.width)
     if path.stat().st_size != 2 * int(np.prod(shape)):
         raise checks.invalid(str(path), "the file", f"hold {shape} numbers of 2 bytes", f"{path.stat().st_size} bytes")
@@ -160,17 +161,21 @@ def _about(path: Path, key: str) -> dict | None:
 def _write(limber: Limber, pairs: Pairs, path: Path, about: Path, key: str, watch: Callable[[int, int], None]) -> dict:
     """Every process writes the rows of its share into one file; the first one names it when all are done."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    temporary = path.with_name(f".{path.name}.part")
     share = range(rank * len(pairs) // world, (rank + 1) * len(pairs) // world)
     row_bytes = 2 * limber.encoder.tokens * limber.encoder.width
+    # A name of this run alone: what a killed one left in another machine's folder is not taken for the shared file.
+    temporary = path.with_name(_first(f".{path.name}.{secrets.token_hex(4)}.part"))
     if rank == 0:
         about.unlink(missing_ok=True)  # from here on the old features count no more
+        for left in path.parent.glob(f".{path.name}.*part"):
+            left.unlink()
         with open(temporary, "wb") as file:
             file.truncate(len(pairs) * row_bytes)
-    _wait()
     rows: list[int] = []
     skipped: dict[int, str] = {}
     try:
+        _wait()
+        _shared(path.parent, temporary.exists())
         with open(temporary, "rb+") as file:
             for start in range(share.start, share.stop, _AT_ONCE):
                 some = range(start, min(start + _AT_ONCE, share.stop))
@@ -200,6 +205,25 @@ def _write(limber: Limber, pairs: Pairs, path: Path, about: Path, key: str, watc
         if rank == 0:
             temporary.unlink(missing_ok=True)
     return found
+
+
+def _first(mine: Any) -> Any:
+    """What the first process has, for all."""
+    found = [mine]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    return found[0]
+
+
+def _shared(folder: Path, sees: bool) -> None:
+    """Every process tells whether it sees the first one's file; all raise where one does not."""
+    found = [sees]
+    if dist.is_initialized():
+        found *= dist.get_world_size()
+        dist.all_gather_object(found, sees)
+    if not all(found):
+        contract = f"be a folder that all processes share, as cache_features has the features in {folder}"
+        raise checks.invalid("train-limber", "output", contract, f"another one in process {found.index(False)}")
 
 
 def _wait() -> None:
