@@ -21,7 +21,7 @@ from limber_fast.console import Console
 from limber_fast.data.index import Index
 from limber_fast.optional import needed
 from limber_fast.train_limber import kept_for_backward, pairs_of, processes, tell_skipped, tensorboard
-from limber_fast.training.checkpoint import CLIP, CheckpointError, load_checkpoint
+from limber_fast.training.checkpoint import CLIP, CheckpointError, load_alike
 from limber_fast.training.clip import ClipTrainer
 from limber_fast.training.clip_config import ClipTrainConfig
 from limber_fast.training.interrupt import EXIT_CODE
@@ -52,12 +52,13 @@ def main(args: argparse.Namespace, console: Console) -> int:
             return dry_run(trainer, world, console)
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint = folder / "checkpoint.pt"
-        if resumed := args.resume and checkpoint.exists():
-            try:
-                trainer.restore(load_checkpoint(checkpoint, CLIP))
-            except CheckpointError as error:
-                console.error(f"{error}; run without --resume to start anew")
-                return FAILED
+        try:
+            state = load_alike(checkpoint, CLIP) if args.resume else None
+        except CheckpointError as error:
+            console.error(f"{error}; run without --resume to start anew")
+            return FAILED
+        if state is not None:
+            trainer.restore(state)
             console.print(f"resumed at step {trainer.step}")
         log = tensorboard(folder) if config.tensorboard and not rank else None
         with console.progress("training", config.steps) as update:
@@ -68,7 +69,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
                     log.add_scalar(name, value, step)
 
             done = trainer.run(folder, watch)
-        tell_skipped((f"{name}: {reason}" for name, reason in trainer.skipped.items()), folder, console, resumed)
+        tell_skipped(trainer.skipped_lines, folder, console)
         if trainer.left_out:
             console.print(f"{trainer.left_out} steps left out: a process had no readable picture")
         if not done:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from limber_fast import GPTJ, Limber, checks, files
+from limber_fast import GPTJ, Limber, checks
 from limber_fast.console import Console
 from limber_fast.data.captions import read_coco_captions, read_limber_folder
 from limber_fast.data.shard_index import ShardIndex
@@ -22,7 +22,8 @@ from limber_fast.models.encoders import encoder as make_encoder
 from limber_fast.models.encoders import weights_of
 from limber_fast.models.tokenizer import pretrained_tokenizer
 from limber_fast.optional import needed
-from limber_fast.training.checkpoint import LIMBER, CheckpointError, load_checkpoint
+from limber_fast.training import skipped
+from limber_fast.training.checkpoint import LIMBER, CheckpointError, load_alike
 from limber_fast.training.interrupt import EXIT_CODE
 from limber_fast.training.limber import LimberTrainer
 from limber_fast.training.limber_config import LimberTrainConfig, from_flags
@@ -57,12 +58,13 @@ def main(args: argparse.Namespace, console: Console) -> int:
         features = _features(limber, pairs, config, folder, console)
         trainer = LimberTrainer(limber, pairs, config, features)
         checkpoint = folder / "checkpoint.pt"
-        if resumed := args.resume and checkpoint.exists():
-            try:
-                trainer.restore(load_checkpoint(checkpoint, LIMBER))
-            except CheckpointError as error:
-                console.error(f"{error}; run without --resume to start anew")
-                return FAILED
+        try:
+            state = load_alike(checkpoint, LIMBER) if args.resume else None
+        except CheckpointError as error:
+            console.error(f"{error}; run without --resume to start anew")
+            return FAILED
+        if state is not None:
+            trainer.restore(state)
             console.print(f"resumed at step {trainer.step}")
         log = tensorboard(folder) if config.tensorboard and not rank else None
         with console.progress("training", config.steps) as update:
@@ -75,7 +77,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
 
             done = trainer.run(folder, watch)
         if features is None:
-            tell_skipped(trainer.skipped.values(), folder, console, resumed)
+            tell_skipped(trainer.skipped.values(), folder, console)
         if not done:
             console.print(f"stopped at step {trainer.step}; {checkpoint} is whole: go on with --resume")
             return EXIT_CODE
@@ -85,22 +87,10 @@ def main(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def tell_skipped(skipped: Iterable[str], folder: Path, console: Console, resumed: bool = False) -> None:
-    """How many broken pictures all processes met, of a resumed run before too; their names are in skipped.txt. Every
-    process calls it."""
-    path, found = folder / "skipped.txt", [list(skipped)]
-    if resumed and path.exists():
-        found[0] += path.read_text(encoding="utf-8").splitlines()
-    if dist.is_initialized():
-        found *= dist.get_world_size()
-        dist.all_gather_object(found, found[0])
-    lines = sorted({line for share in found for line in share})
-    if dist.is_initialized() and dist.get_rank():
-        return
-    if not lines:
-        path.unlink(missing_ok=True)
-    else:
-        files.replace(path, "\n".join(lines) + "\n")
+def tell_skipped(lines: Iterable[str], folder: Path, console: Console) -> None:
+    """How many broken pictures all processes met, of a resumed run before too."""
+    if lines := sorted(lines):
+        path = folder / "skipped.txt"
         console.print(f"{len(lines)} pictures could not be read, the first: {lines[0]}; all of them: {path}")
 
 
@@ -157,6 +147,8 @@ def _features(
     key = features_key(limber, pairs)
     with console.progress("encoding", 1) as update:
         features = cached_features(limber, pairs, folder, key, lambda done, of: update(done / of))
+    if not dist.is_initialized() or not dist.get_rank():
+        skipped.write(folder, features.skipped)
     tell_skipped(features.skipped, folder, console)
     return features
 

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from limber_fast import ClipLoss, SigLipLoss, checks
 from limber_fast.data.pictures import Broken
+from limber_fast.training import skipped
 from limber_fast.training.checkpoint import CLIP, save_checkpoint
 from limber_fast.training.clip_config import FREE, ClipTrainConfig
 from limber_fast.training.history import CLIP_COLUMNS, History
@@ -173,7 +174,8 @@ class ClipTrainer:
                 "learning_rate": factor * config.learning_rate}  # fmt: skip
 
     def run(self, folder: Path, watch: Watch = lambda step, values: None) -> bool:
-        """Train to the last step or to Ctrl-C; `checkpoint.pt` and `train.csv` in `folder` are then up to date.
+        """Train to the last step or to Ctrl-C; `checkpoint.pt`, `train.csv` and `skipped.txt` in `folder` are then up
+        to date.
 
         A step in which a process has no readable picture is left out by all, and counted in `left_out`.
 
@@ -219,15 +221,22 @@ class ClipTrainer:
         dist.all_reduce(flags)
         return flags.tolist()
 
+    @property
+    def skipped_lines(self) -> list[str]:
+        return [f"{name}: {reason}" for name, reason in self.skipped.items()]
+
     def save(self, folder: Path) -> None:
-        """checkpoint.pt and train.csv, by the first process alone."""
+        """checkpoint.pt, train.csv and skipped.txt, by the first process alone; all call it, as all tell of broken
+        pictures."""
+        self.skipped = skipped.of_all(self.skipped)
         if ranks()[0]:
             return
         state = {"config": self.config.to_dict(), "model": self.model.state_dict(), "step": self.step,
                  "optimizer": self.optimizer.state_dict(), "seconds": self.seconds,
-                 "history": self.history.rows}  # fmt: skip
+                 "history": self.history.rows, "skipped": self.skipped, "left_out": self.left_out}  # fmt: skip
         save_checkpoint(folder / "checkpoint.pt", state, CLIP)
         self.history.write_csv(folder / "train.csv")
+        skipped.write(folder, self.skipped_lines)
 
     def restore(self, state: dict) -> None:
         """Go on from a checkpoint.
@@ -243,3 +252,4 @@ class ClipTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
         self.history = History(state["history"], columns=CLIP_COLUMNS)
+        self.skipped, self.left_out = dict(state.get("skipped", {})), state.get("left_out", 0)

@@ -21,7 +21,8 @@ class ClipTrainConfig:
         model: a name of `open_clip.list_models()`, or the .json file of such a model's configuration.
         data: 'emoji', or a folder in LiMBeR's layout (images/<n>/*.jpg, image_data/<n>/*.json), or a captions file of
             COCO (.json), whose pictures are in the folder `images`, or WebDataset shards, as 'cc3m-{00000..00331}.tar'.
-        output: folder for the checkpoint, the log and the weights.
+        output: folder for the checkpoint, the log and the weights; to resume, processes on several machines share it or
+            have copies of the checkpoint.
         loss: 'clip' (softmax) or 'siglip' (sigmoid, with a learnable bias).
         steps, batch_size: optimiser steps, and pairs in each, over all processes.
         learning_rate, warmup, beta1, beta2, eps, weight_decay, grad_clip: AdamW; the rate rises over `warmup` steps and

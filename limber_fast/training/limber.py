@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from limber_fast.models.limber import Limber
+from limber_fast.training import skipped
 from limber_fast.training.checkpoint import LIMBER, save_checkpoint
 from limber_fast.training.history import LIMBER_COLUMNS, History
 from limber_fast.training.interrupt import InterruptGuard
@@ -151,7 +152,8 @@ class LimberTrainer:
         return loss, round(tokens)
 
     def run(self, folder: Path, watch: Watch = lambda step, values: None) -> bool:
-        """Train to the last step or to Ctrl-C; `checkpoint.pt` and `train.csv` in `folder` are then up to date.
+        """Train to the last step or to Ctrl-C; `checkpoint.pt`, `train.csv` and, without cached features, `skipped.txt`
+        in `folder` are then up to date.
 
         Returns: True at the last step, False when interrupted.
         """
@@ -171,7 +173,9 @@ class LimberTrainer:
         return self.step >= self.config.steps
 
     def save(self, folder: Path) -> None:
-        """checkpoint.pt and train.csv, by the first process alone."""
+        """checkpoint.pt, train.csv and, without cached features, skipped.txt, by the first process alone; all call it,
+        as all tell of broken pictures."""
+        self.skipped = skipped.of_all(self.skipped)
         if dist.is_initialized() and dist.get_rank():
             return
         state = {
@@ -183,9 +187,12 @@ class LimberTrainer:
             "step": self.step,
             "seconds": self.seconds,
             "history": self.history.rows,
+            "skipped": self.skipped,
         }
         save_checkpoint(folder / "checkpoint.pt", state, LIMBER)
         self.history.write_csv(folder / "train.csv")
+        if self.features is None:
+            skipped.write(folder, self.skipped.values())
 
     def restore(self, state: dict) -> None:
         """Go on from a checkpoint.
@@ -211,3 +218,4 @@ class LimberTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
         self.history = History(state["history"], columns=LIMBER_COLUMNS)
+        self.skipped = dict(state.get("skipped", {}))

@@ -22,7 +22,8 @@ class LimberTrainConfig:
         data: 'emoji', or a folder in LiMBeR's layout (images/<n>/*.jpg, image_data/<n>/*.json), or a captions file of
             COCO (.json), whose pictures are in the folder `images`, or WebDataset shards, as 'cc3m-{00000..00331}.tar';
             several patterns with commas between them.
-        output: folder for the checkpoint, the log and the trained map.
+        output: folder for the checkpoint, the log and the trained map; to resume, processes on several machines share
+            it or have copies of the checkpoint, and for `cache_features` they share it.
         encoder: a name of `limber_fast.models.encoders.encoder`.
         encoder_weights: file of its weights; '' for the pre-trained ones, 'random' for none.
         tokenizer: folder of a tokenizer of transformers; by default the language model's.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,6 +117,29 @@ def test_broken_pictures_leave_unequal_batches(ranks, tiny, tmp_path):
     assert sorted(name.rpartition("/")[2] for name in skipped) == ["1.png", "7.png"]
 
 
+def test_what_was_skipped_survives_a_kill(ranks, tiny, tmp_path):
+    limber_folder(tmp_path / "data", broken={0, 7, 9, 11})  # of steps 1, 3, 5 and 6
+    settings = {**SMALL, "model": tiny, "data": str(tmp_path / "data"), "batch_size": 2, "steps": 6, "save_every": 1}
+    folders = [tmp_path / name for name in ("whole", "parts")]
+    for folder in folders:
+        folder.mkdir()
+    whole, parts = folders
+    ranks.run(2, train, settings, whole)
+    ranks.run(2, train, settings, parts, 4)
+    told, state = (parts / "skipped.txt").read_text(), load_checkpoint(parts / "checkpoint.pt", CLIP)
+    assert state["step"] == 3 and told.count("\n") == len(state["skipped"]) == state["left_out"] == 2
+    ranks.run(2, train, settings, parts, None, True)
+    ends = [load_checkpoint(folder / "checkpoint.pt", CLIP) for folder in folders]
+    for name in ("skipped", "left_out"):
+        assert ends[0][name] == ends[1][name] and ends[0]["left_out"] == 4
+    assert (whole / "skipped.txt").read_text() == (parts / "skipped.txt").read_text()
+    assert (parts / "skipped.txt").read_text().count("\n") == 4
+    for name in ("skipped", "left_out"):  # as checkpoints were before they had these
+        del state[name]
+    torch.save(state, parts / "checkpoint.pt")
+    ranks.run(2, train, settings, parts, None, True)
+
+
 def test_a_step_that_leaves_a_process_nothing_is_left_out_by_all(ranks, tiny, tmp_path):
     limber_folder(tmp_path / "data", broken={5})
     settings = {**SMALL, "model": tiny, "data": str(tmp_path / "data"), "batch_size": 2, "steps": 6}  # one epoch
@@ -122,6 +148,35 @@ def test_a_step_that_leaves_a_process_nothing_is_left_out_by_all(ranks, tiny, tm
     assert [name.rpartition("/")[2] for name in first[1] | second[1]] == ["5.png"]
     state = load_checkpoint(tmp_path / "checkpoint.pt", CLIP)
     assert state["step"] == 6 and {int(x["step"]) for x in state["optimizer"]["state"].values()} == {5}
+
+
+def command_apart(rank, size, flags, folder):
+    """(exit code, errors) of the command in this process, whose output folder no other one sees."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        code = cli.main(["--quiet", "train-clip", *flags, "--output", str(folder / str(rank))])
+    return code, said.getvalue()
+
+
+def test_processes_that_see_other_checkpoints_stop(ranks, tiny, tmp_path):
+    flags = ["--model", tiny, "--batch-size", "4", "--steps", "2", "--warmup", "0"]
+    first, second = (tmp_path / str(rank) / "checkpoint.pt" for rank in range(2))
+    assert ranks.run(2, command_apart, flags, tmp_path) == [(0, "")] * 2
+    assert first.exists() and not second.exists()
+
+    def refused(found):
+        for code, said in ranks.run(2, command_apart, [*flags, "--resume"], tmp_path):
+            said = " ".join(said.split())
+            assert code == 1 and "checkpoint.pt: the file must be the same for all processes; got step 2 after" in said
+            assert f"in process 0 and {found}" in said and "Traceback" not in said
+
+    refused("none in process 1")
+    state = torch.load(first, weights_only=True)
+    torch.save(state | {"seconds": 1e6}, second)  # of another run
+    refused("step 2 after 1e+06 s in process 1")
+    second.write_bytes(first.read_bytes()[:500])
+    refused("an unreadable one in process 1")
+    shutil.copy(first, second)
+    assert ranks.run(2, command_apart, [*flags, "--resume"], tmp_path) == [(0, "")] * 2
 
 
 def test_workers_change_nothing(tiny, tmp_path):

@@ -88,6 +88,33 @@ def test_resumes_bit_for_bit(config):
         )
 
 
+def test_what_was_skipped_survives_a_kill(config):
+    """Of a killed run there are files alone; the broken picture comes once in the first epoch, ahead of step 3."""
+    config = dataclasses.replace(config, cache_features=False, save_every=2, steps=3)
+    out = Path(config.output)
+
+    def killed(step, values):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    first = trainer_of(config, cached=False)
+    with pytest.raises(KeyboardInterrupt):
+        first.run(out, killed)
+    state = load_checkpoint(out / "checkpoint.pt", LIMBER)
+    told = (out / "skipped.txt").read_text()
+    assert state["step"] == 2 and list(state["skipped"]) == [9] and "9.jpg" in told and told.count("\n") == 1
+    (out / "skipped.txt").unlink()
+    second = trainer_of(config, cached=False)
+    second.restore(state)
+    assert second.skipped == first.skipped
+    second.save(out)
+    assert (out / "skipped.txt").read_text() == told
+    del state["skipped"]  # as checkpoints were before they had it
+    third = trainer_of(config, cached=False)
+    third.restore(state)
+    assert third.run(out) and third.step == 3
+
+
 def test_a_tuned_encoder_moves_at_its_own_rate(config):
     trainer = trainer_of(dataclasses.replace(config, encoder_learning_rate=1e-4, cache_features=False), cached=False)
     before = [p.clone() for p in trainer.limber.encoder.parameters()]
