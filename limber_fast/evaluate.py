@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+import torch
+
 from limber_fast.console import Console
 from limber_fast.data.captions import CaptionedImage, read_coco_captions, read_nocaps
 from limber_fast.data.index import BrokenIndex
 from limber_fast.data.pictures import Broken, Skipped, open_image
 from limber_fast.data.questions import COCO_FILE, read_vqa
+from limber_fast.devices import device_of
 from limber_fast.evaluation.clip_score import score_captions
 from limber_fast.evaluation.predictions import (
     CONTROLS,
@@ -68,6 +71,7 @@ def _captions(args: argparse.Namespace, skipped: Skipped, console: Console) -> t
         raise BrokenIndex(f"{args.references}: no captions to compare with")
     predictions = _predictions(args, "image_id", "caption", [record.image_id for record in records])
     clip = None
+    device = device_of("evaluate", args.device) if args.clip is not None else None  # before images are opened
     if args.clip is not None:
         # An image that cannot be opened has no CLIPScore, and leaves every column: all are means over the same images.
         for record in records:
@@ -76,7 +80,7 @@ def _captions(args: argparse.Namespace, skipped: Skipped, console: Console) -> t
                 del predictions[MODEL][record.image_id]
         if not predictions[MODEL]:
             raise BrokenIndex(str(skipped))
-        clip = _scorer(args.clip)
+        clip = _scorer(args.clip, device)
     scored = score_caption_files(records, predictions, clip=clip, seed=args.seed)
     by_id = {record.image_id: record for record in records}
     shown = [
@@ -100,13 +104,14 @@ def _answers(args: argparse.Namespace, skipped: Skipped, console: Console) -> tu
     return scored, shown
 
 
-def _scorer(name: str):
+def _scorer(name: str, device: torch.device):
     """CLIPScore and RefCLIPScore by an open_clip model, weights as open_clip names them or a file."""
     open_clip = needed("open_clip", "evaluate --clip")
     from limber_fast.models.encoders import open_clip_model
 
     model_name, _, weights = name.partition(":")
     model, preprocess = open_clip_model(f"open_clip:{model_name}", model_name, weights)
+    model.to(device)
     tokenize = open_clip.get_tokenizer(model_name)
 
     def score(records: Sequence[CaptionedImage], captions: list[str]) -> dict:

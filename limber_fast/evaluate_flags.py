@@ -50,6 +50,8 @@ def add_tasks(evaluate: argparse.ArgumentParser) -> None:
         task.add_argument("--names", metavar="JSON", help="an object from folders to what their classes are called")
         task.add_argument("--batch-size", type=positive(int), default=64, help="images at a time (%(default)s)")
 
+    for task, what in ((caption, "the scorer"), (zero, "the model"), (probe, "the model")):
+        _device(task, what)
     for task in (caption, vqa, zero, probe):
         task.add_argument("--output", type=Path, default=Path("limber_fast_evaluation"), metavar="DIR")
         task.add_argument("--examples", type=whole, default=24, help="random images on the page (default: %(default)s)")
@@ -89,10 +91,15 @@ def add_predictions(predict: argparse.ArgumentParser) -> None:
             "--control", choices=controls,
             help="black images; another one's image; for vqa also oracle, images told in words by --captions",
         )  # fmt: skip
+        _device(task, "all models")
         task.add_argument("--decoding", choices=("greedy", "limber"), default="greedy", help="(default: %(default)s)")
         task.add_argument("--max-new-tokens", type=positive(int), default=longest, metavar="N", help="(%(default)s)")
         task.add_argument("--batch-size", type=positive(int), default=32, help="images at a time (%(default)s)")
         task.add_argument("--seed", type=whole, default=0, help="of shots, sampling, shuffling, random weights (0)")
+
+
+def _device(task: argparse.ArgumentParser, what: str) -> None:
+    task.add_argument("--device", choices=("cpu", "cuda"), help=f"of {what}; by default cuda where torch sees a GPU")
 
 
 def whole(text: str) -> int:

@@ -94,7 +94,7 @@ def _test_images(args: argparse.Namespace) -> tuple[Labelled, list[str]]:
 
 
 def _towers(args: argparse.Namespace) -> Towers:
-    return towers(args.model, weights_of(args.weights))
+    return towers(args.model, weights_of(args.weights), args.device)
 
 
 def _encode(

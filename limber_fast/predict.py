@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from limber_fast import GPTJ, Limber, checks, files
@@ -18,6 +19,7 @@ from limber_fast.data.captions import read_coco_captions, read_nocaps
 from limber_fast.data.index import BrokenIndex
 from limber_fast.data.pictures import Skipped
 from limber_fast.data.questions import COCO_FILE, read_vqa
+from limber_fast.devices import device_of
 from limber_fast.evaluation.controls import majority_answer, shuffled_images, text_oracle_prompts
 from limber_fast.models.encoders import encoder as make_encoder
 from limber_fast.models.encoders import weights_of
@@ -35,6 +37,7 @@ def main(args: argparse.Namespace, console: Console) -> int | None:
     """Writes args.output, whole or not at all; images that cannot be read have no entry and are named."""
     skipped = Skipped()
     try:
+        device = device_of(_OP, args.device)
         if args.output.is_dir():
             raise checks.invalid(_OP, "--output", "be a file", f"the folder {args.output}")
         args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +49,7 @@ def main(args: argparse.Namespace, console: Console) -> int | None:
             readable = [record for _, record in skipped.open(records)]
             others = shuffled_images([record.image for record in readable], args.seed)
             records = [dataclasses.replace(x, image=image) for x, image in zip(readable, others, strict=True)]
-        limber = load(args)
+        limber = load(args, device)
         with _prefix(limber, shots, told, max(32, args.batch_size) * _ROOM) if shots else nullcontext() as prefix:
             said = list(_said(limber, records, told, prefix, args, skipped, console))
     except ValueError as error:  # a broken index, or files that do not fit each other
@@ -63,22 +66,22 @@ def main(args: argparse.Namespace, console: Console) -> int | None:
     return None
 
 
-def load(args: argparse.Namespace) -> Limber:
+def load(args: argparse.Namespace, device: torch.device) -> Limber:
     """Of a folder of `Limber.save_pretrained`, or of LiMBeR's proj.ckpt and the name of its encoder."""
     if not args.limber.exists():
         raise FileNotFoundError(f"{args.limber}: no such file or folder")
     if not (args.encoder or args.limber.is_dir()):
         raise checks.invalid(_OP, "--encoder", "be given with a file of P and b alone", "nothing", "as --encoder clip")
-    model = GPTJ.from_pretrained(args.language_model, compute=args.compute)
+    model = GPTJ.from_pretrained(args.language_model, compute=args.compute, device=device)
     tokenizer = pretrained_tokenizer(_OP, args.tokenizer or args.language_model)
     weights = weights_of(args.encoder_weights)
     encoder = make_encoder(args.encoder, weights=weights, seed=args.seed) if args.encoder else "saved"
     if args.limber.is_file():
-        return Limber(encoder, model, tokenizer).load_projection(args.limber).eval()
+        return Limber(encoder, model, tokenizer).load_projection(args.limber).eval().to(device)
     limber = Limber.from_pretrained(args.limber, model, tokenizer, encoder)
     if limber.encoder is None:
         raise checks.invalid(_OP, "--encoder", "be given with a map that was saved without one", "nothing")
-    return limber.eval()
+    return limber.eval().to(device)
 
 
 def _records(args: argparse.Namespace) -> list[Any]:

@@ -18,6 +18,7 @@ from limber_fast import GPTJ, Limber, checks
 from limber_fast.console import Console
 from limber_fast.data.captions import read_coco_captions, read_limber_folder
 from limber_fast.data.shard_index import ShardIndex
+from limber_fast.devices import device_of
 from limber_fast.models.encoders import encoder as make_encoder
 from limber_fast.models.encoders import weights_of
 from limber_fast.models.tokenizer import pretrained_tokenizer
@@ -112,7 +113,7 @@ def processes() -> Iterator[tuple[int, int]]:
 
 def build(config: LimberTrainConfig) -> Limber:
     """Encoder, language model, tokenizer, and a map whose first weights come from the seed."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = device_of("train-limber", None)
     language_model = GPTJ.from_pretrained(config.language_model, device=device)
     tokenizer = pretrained_tokenizer("train-limber", config.tokenizer or config.language_model)
     weights = weights_of(config.encoder_weights)

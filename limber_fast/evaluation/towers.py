@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from limber_fast import checks
 from limber_fast.data.pictures import Skipped
+from limber_fast.devices import device_of
 from limber_fast.models.encoders import open_clip_model, small_pixels, timm_model
 
 _OP = "evaluate"
@@ -37,22 +38,23 @@ class Towers:
     templates: Sequence[str] = ()
 
 
-def towers(name: str, weights: str | bool | None = True) -> Towers:
-    """A model by name, in evaluation mode, on a GPU where there is one.
+def towers(name: str, weights: str | bool | None = True, device: str | None = None) -> Towers:
+    """A model by name, in evaluation mode.
 
     Args:
         name: 'open_clip:MODEL', 'timm:MODEL' (features before its classifier) or 'demo:CHECKPOINT'.
         weights: as of `limber_fast.models.encoders.encoder`.
+        device: 'cpu' or 'cuda'; by default a GPU where there is one.
     """
+    place = device_of(_OP, device)
     kind, _, model = name.partition(":")
     if kind not in ("open_clip", "timm", "demo") or not model:
         raise checks.invalid(_OP, "model", "be open_clip:MODEL, timm:MODEL or demo:CHECKPOINT", repr(name))
     weights = weights or None
     found = {"open_clip": _open_clip, "timm": _timm, "demo": _demo}[kind](name, model, weights)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    found.model.eval().requires_grad_(False).to(device)
+    found.model.eval().requires_grad_(False).to(place)
     if (tokenize := found.tokenize) is not None:
-        found.tokenize = lambda texts: tokenize(texts).to(device)
+        found.tokenize = lambda texts: tokenize(texts).to(place)
     return found
 
 

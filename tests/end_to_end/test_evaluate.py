@@ -136,7 +136,8 @@ def test_clip_score_leaves_broken_images_out(coco, monkeypatch, capsys):
     monkeypatch.setattr("limber_fast.models.encoders.open_clip_model", lambda *names: (model, preprocess))
     monkeypatch.setattr("open_clip.get_tokenizer", lambda name: tokenize)
     code, result = evaluate(
-        folder, "caption", folder / "model.json", "--references", folder / "references.json", "--clip", "tiny:weights"
+        folder, "caption", folder / "model.json", "--references", folder / "references.json", "--clip", "tiny:weights",
+        "--device", "cpu",
     )
     assert code == 0
     kept = [i for i in range(IMAGES) if i not in (3, 5)]
@@ -163,6 +164,18 @@ def test_an_unknown_scorer_is_one_line(coco, capsys, scorer, message):
     folder = coco[0]
     references = ("--references", folder / "references.json")
     assert evaluate(folder, "caption", folder / "model.json", *references, "--clip", scorer) == (1, None)
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+def test_a_device_that_is_not_there_is_one_line(coco, capsys):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is there")
+    arguments = (coco[0] / "model.json", "--references", coco[0] / "references.json", "--clip", "tiny:weights")
+    assert evaluate(coco[0], "caption", *arguments, "--device", "cuda") == (1, None)
+    message = "evaluate: --device must be one that torch sees; got 'cuda' without a GPU; use --device cpu"
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
 

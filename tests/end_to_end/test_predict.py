@@ -16,6 +16,7 @@ from gptj_cases import byte_tokenizer  # noqa: E402
 from limber_fast import GPTJ, GPTJConfig, Limber, cli  # noqa: E402
 from limber_fast.models.encoders import encoder  # noqa: E402
 
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 COLOURS = ("red", "lime", "blue", "cyan", "gray")
 ASKED = ("what?", "why not?")
 
@@ -121,6 +122,15 @@ def test_the_language_model_is_told_in_words(world, tmp_path):
     assert code == 0 and tuple(x["answer"] for x in said) in shown
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_takes_the_whole_model(world, tmp_path):
+    flags = ("caption", "--references", tmp_path / "references.json", *world[2])
+    torch.cuda.reset_peak_memory_stats()
+    code, said = predict(tmp_path, *flags, "--device", "cuda")
+    assert code == 0 and len(said) == 4 and torch.cuda.max_memory_allocated()
+
+
 def test_a_released_map_needs_its_encoder(world, tmp_path, capsys):
     limber, pictures, flags = world
     path = tmp_path / "proj.ckpt"
@@ -128,7 +138,8 @@ def test_a_released_map_needs_its_encoder(world, tmp_path, capsys):
     flags = ("caption", "--references", tmp_path / "references.json", *flags, "--limber", path)
     assert predict(tmp_path, *flags) == (1, None)
     assert "--encoder must be given with a file of P and b alone" in capsys.readouterr().err
-    code, said = predict(tmp_path, *flags, "--encoder", "timm:test_resnet", "--encoder-weights", "random", "--seed", 2)
+    flags += ("--encoder", "timm:test_resnet", "--encoder-weights", "random", "--seed", 2)
+    code, said = predict(tmp_path, *flags, "--device", "cpu")
     assert code == 0 and [x["caption"] for x in said] == limber.caption(pictures, max_new_tokens=8)
 
 
@@ -142,6 +153,8 @@ def test_a_released_map_needs_its_encoder(world, tmp_path, capsys):
      (("--file-name", "{x}"), "file_name must be a pattern"),
      (("--file-name", "{image_id.x}"), "file_name must be a pattern"),
      (("--limber", "nowhere"), "nowhere: no such file or folder"),
+     pytest.param(("--device", "cuda"), "predict: --device must be one that torch sees; got 'cuda' without a GPU",
+                  marks=NO_GPU),
      (("--output", "."), "--output must be a file; got the folder ."),
      (("--language-model", "nowhere"), "nowhere"), (("--questions", "nothing.json"), "nothing.json")],
 )  # fmt: skip
