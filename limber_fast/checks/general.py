@@ -123,6 +123,17 @@ def choice(op: str, name: str, value: str, choices: Sequence[str]) -> None:
         raise invalid(op, name, f"be one of {', '.join(map(repr, choices))}", repr(value))
 
 
+def finite(op: str, name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise invalid(op, name, "be finite", repr(value))
+
+
+def seed(op: str, name: str, value: Any) -> None:
+    """What torch.manual_seed takes."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 64:
+        raise invalid(op, name, "be a whole number of at least 0, below 2^64", repr(value))
+
+
 def not_negative(op: str, name: str, value: float) -> None:
     real(op, name, value)
     if not value >= 0:

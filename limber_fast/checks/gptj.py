@@ -66,10 +66,10 @@ def model_dtype(op: str, dtype: Any) -> None:
         raise invalid(op, "dtype", "be torch.bfloat16, float16, float32 or float64", repr(dtype), kind=TypeError)
 
 
-def listed_texts(op: str, name: str, found: Any) -> list:
+def listed_texts(op: str, name: str, found: Any, of: str = "texts") -> list:
     """Several texts, or lists of token ids, as a list: one text alone would be taken for its letters."""
     if isinstance(found, str) or not hasattr(found, "__iter__"):
-        raise invalid(op, name, "be a list of texts", kind_of(found), "put it into a list", kind=TypeError)
+        raise invalid(op, name, f"be a list of {of}", kind_of(found), "put it into a list", kind=TypeError)
     return list(found)
 
 
@@ -87,6 +87,18 @@ def pictures(op: str, found: Any) -> None:
     for x in found:
         if not hasattr(x, "convert"):
             raise invalid(op, "images", "be PIL images", kind_of(x), "PIL.Image.open(path)", kind=TypeError)
+
+
+def shots(op: str, found: Any) -> list:
+    """(picture, question, answer) each."""
+    found = listed_texts(op, "shots", found, "(picture, question, answer)")
+    for row, shot in enumerate(found):
+        contract = "be (picture, question, answer)"
+        if not isinstance(shot, (tuple, list)):
+            raise invalid(op, f"shots[{row}]", contract, kind_of(shot), kind=TypeError)
+        if len(shot) != 3:
+            raise invalid(op, f"shots[{row}]", contract, f"{len(shot)} entries")
+    return found
 
 
 def live_prefix(op: str, prefix: Any, kind: type, model: Any) -> None:

@@ -71,9 +71,8 @@ class Limber(LimberModel):
 
         Args: as in `answer`; room: of `GPTJ.prefix`.
         """
-        if not len(shots):
+        if not (shots := checks.shots(f"{_OP}.prefix", shots)):
             raise checks.invalid(f"{_OP}.prefix", "shots", "be at least one", "none")
-        shots = list(shots)
         ready = [self.encode(x[None] if isinstance(x, Tensor) else [x]) for x, _, _ in shots]
         parts = [part for _, q, a in shots for part in (IMAGE, f"Q: {q} A: {a}{separator}")]
         rows, _ = self.inputs_embeds(torch.cat(ready), [parts])
@@ -94,7 +93,8 @@ class Limber(LimberModel):
             separator: behind each shot; what ends an answer too (LiMBeR published neither).
             decoding, max_new_tokens, batch_size, seed, on_token, progress, options: as in `caption`.
         """
-        questions, shots, images = checks.listed_texts(_OP, "questions", questions), list(shots), _listed(images)
+        questions, images = checks.listed_texts(_OP, "questions", questions), _listed(images)
+        shots = checks.shots(_OP, shots)
         if shots and prefix is not None:
             raise checks.invalid(_OP, "prefix", "take the place of shots", "both")
         options |= {"max_new_tokens": max_new_tokens, "seed": seed, "on_token": on_token}

@@ -66,8 +66,9 @@ class ClipTrainConfig:
         for name in ("steps", "batch_size", "save_every"):
             if getattr(self, name) < 1:
                 raise checks.invalid(_OP, name, "be at least 1", repr(getattr(self, name)))
-        for name in ("learning_rate", "warmup", "eps", "weight_decay", "grad_clip", "seed", "workers"):
+        for name in ("learning_rate", "warmup", "eps", "weight_decay", "grad_clip", "workers"):
             checks.not_negative(_OP, name, getattr(self, name))
+        checks.seed(_OP, "seed", self.seed)
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise checks.invalid(_OP, name, "lie in [0, 1)", repr(getattr(self, name)))

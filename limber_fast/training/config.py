@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
+from limber_fast import checks
+
 
 def _check(owner: str, values: dict[str, float], low: float, high: float) -> None:
     for name, value in values.items():
@@ -95,6 +97,7 @@ class TrainConfig:
         _check("TrainConfig", {"minutes": self.minutes}, 1e-3, 1e5)
         if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 0:
             raise ValueError(f"TrainConfig: steps must be a whole number of at least 0; got {self.steps!r}")
+        checks.seed("TrainConfig", "seed", self.seed)
         _check("TrainConfig", {"concepts_per_batch": self.concepts_per_batch}, 2, 1e6)
         _check("TrainConfig", {"images_per_concept": self.images_per_concept}, 2, 16)
         _check("TrainConfig", {"lock_images": self.lock_images}, 0.01, 1)

@@ -73,9 +73,9 @@ class LimberTrainConfig:
         settle_kinds(_OP, self)
         for name in ("steps", "batch_size", "micro_batch", "save_every"):
             checks.size(_OP, name, getattr(self, name))
-        for name in ("learning_rate", "warmup", "weight_decay", "grad_clip", "encoder_learning_rate", "seed",
-                     "adapters"):  # fmt: skip
+        for name in ("learning_rate", "warmup", "weight_decay", "grad_clip", "encoder_learning_rate", "adapters"):
             checks.not_negative(_OP, name, getattr(self, name))
+        checks.seed(_OP, "seed", self.seed)
         for name in ("beta1", "beta2", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise checks.invalid(_OP, name, "lie in [0, 1)", repr(getattr(self, name)))
@@ -94,7 +94,7 @@ class LimberTrainConfig:
 
 
 def settle_kinds(op: str, config: Any) -> None:
-    """Every field of a frozen dataclass is of its type; a whole number serves as a float."""
+    """Every field of a frozen dataclass is of its type, and finite; a whole number serves as a float."""
     hints = get_type_hints(type(config))
     for field in fields(config):
         value, kind = getattr(config, field.name), hints[field.name]
@@ -102,6 +102,8 @@ def settle_kinds(op: str, config: Any) -> None:
             object.__setattr__(config, field.name, value := float(value))
         if type(value) is not kind:
             raise checks.invalid(op, field.name, f"be {kind.__name__}", repr(value), kind=TypeError)
+        if kind is float:
+            checks.finite(op, field.name, value)
 
 
 def add_flags(parser: argparse.ArgumentParser, config: type) -> None:

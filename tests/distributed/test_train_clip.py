@@ -251,6 +251,8 @@ def test_dry_run_writes_nothing(tiny, tmp_path, capsys):
 @pytest.mark.parametrize("arguments, message", [
     (["--model", "ViT-B-33"], "train-clip: model must be a name of open_clip.list_models"),
     (["--batch-size", "0"], "train-clip: batch_size must be at least 1; got 0"),
+    (["--learning-rate", "inf"], "train-clip: learning_rate must be finite; got inf"),
+    (["--seed", str(2**64)], "train-clip: seed must be a whole number of at least 0, below 2^64; got 18446744073709"),
     (["--loss", "triplet"], "train-clip: loss must be one of 'clip', 'siglip'; got 'triplet'"),
     (["--steps", "5", "--warmup", "5"], "train-clip: warmup must be less than steps = 5; got 5"),
     (["--loss", "siglip", "--label-smoothing", "0.1"], "train-clip: label_smoothing must be 0 with variant='sigmoid'"),

@@ -187,6 +187,9 @@ def test_activation_bytes_grow_with_the_blocks(config):
     ("change", "says"),
     [({"steps": 0}, "steps must be"), ({"warmup": 12}, "warmup must be less than steps = 12"),
      ({"dropout": 1.0}, "dropout must lie"),
+     ({"learning_rate": float("inf")}, "learning_rate must be finite; got inf"),
+     ({"grad_clip": float("nan")}, "grad_clip must be finite; got nan"),
+     ({"seed": 2**64}, r"seed must be a whole number of at least 0, below 2\^64; got 18446744073709551616"),
      ({"learning_rate": "fast"}, "learning_rate must be float"), ({"data": ""}, "data must be given")],
 )  # fmt: skip
 def test_settings_are_checked(config, change, says):

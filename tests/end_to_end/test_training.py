@@ -239,7 +239,8 @@ def test_schedule_and_budget():
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("minutes", 0), ("minutes", float("nan")), ("warmup", 1), ("learning_rate", -1)]
+    ("field", "value"), [("minutes", 0), ("minutes", float("nan")), ("warmup", 1), ("learning_rate", -1),
+                         ("learning_rate", float("inf")), ("seed", 2**64), ("seed", -1)]
 )
 def test_settings_are_checked(field, value):
     with pytest.raises(ValueError, match=f"TrainConfig: {field}"):

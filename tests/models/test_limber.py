@@ -106,6 +106,20 @@ def test_shots_are_computed_once(limber, monkeypatch):
         limber.answer(features, questions, prefix=prefix)
 
 
+@pytest.mark.parametrize(
+    ("shots", "message"),
+    [([("picture", "what?", "fox"), ("picture", "what?")],
+      r"shots\[1\] must be \(picture, question, answer\); got 2 entries"),
+     (["fox"], r"shots\[0\] must be \(picture, question, answer\); got str"),
+     ("fox", r"shots must be a list of \(picture, question, answer\); got str")],
+)  # fmt: skip
+def test_shots_are_checked(limber, shots, message):
+    with pytest.raises((ValueError, TypeError), match=f"Limber: {message}"):
+        limber.answer(features_of(1), ["where?"], shots)
+    with pytest.raises((ValueError, TypeError), match=rf"Limber\.prefix: {message}"):
+        limber.prefix(shots)
+
+
 def test_ragged_prompts_do_not_meet(limber):
     features = features_of(3)
     prompts = [[IMAGE, "abc"], ["x", IMAGE], [IMAGE]]
