@@ -60,7 +60,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
         if state is not None:
             trainer.restore(state)
             console.print(f"resumed at step {trainer.step}")
-        log = tensorboard(folder) if config.tensorboard and not rank else None
+        log = tensorboard(folder, trainer.step) if config.tensorboard and not rank else None
         with console.progress("training", config.steps) as update:
 
             def watch(step: int, values: dict[str, float]) -> None:

@@ -67,7 +67,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
         if state is not None:
             trainer.restore(state)
             console.print(f"resumed at step {trainer.step}")
-        log = tensorboard(folder) if config.tensorboard and not rank else None
+        log = tensorboard(folder, trainer.step) if config.tensorboard and not rank else None
         with console.progress("training", config.steps) as update:
 
             def watch(step: int, values: dict[str, float]) -> None:
@@ -217,7 +217,8 @@ def activation_bytes(trainer: LimberTrainer) -> int:
     return total // len(model.h) + sum(inputs) * len(model.h) if again else total
 
 
-def tensorboard(folder: Path):
+def tensorboard(folder: Path, step: int):
+    """A writer of the steps after `step`; what a killed run wrote of them does not count."""
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)

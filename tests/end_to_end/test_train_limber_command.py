@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("timm")
 
 from limber_fast import GPTJ, Limber
+from limber_fast.train_limber import tensorboard
 from limber_fast.training.checkpoint import LIMBER, load_checkpoint
 
 
@@ -108,6 +109,21 @@ def test_tensorboard_has_every_column(config, tmp_path):
     events.Reload()
     assert {"loss", "learning_rate"} <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
+
+
+def test_tensorboard_has_every_step_once(tmp_path):
+    """A run that was killed behind step 5, its checkpoint at step 3, and one that goes on."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for start, end in ((0, 5), (3, 7)):
+        log = tensorboard(tmp_path, start)
+        for step in range(start + 1, end + 1):
+            log.add_scalar("loss", 10 * start + step, step)
+        log.flush()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(x.step, x.value) for x in events.Scalars("loss")] == [
+        (1, 1), (2, 2), (3, 3), (4, 34), (5, 35), (6, 36), (7, 37),
+    ]  # fmt: skip
 
 
 def test_command_survives_being_killed(config, tmp_path):
