@@ -134,5 +134,5 @@ def _fill(
             g_stride=g.shape[1], smoothing=call.label_smoothing, GROUP=call.config.group,
             HAS_COLUMNS=call.columns and is_text, HAS_SMOOTHING=call.label_smoothing > 0, SIGMOID=call.sigmoid,
             SEPARATE=separate, WIDE=call.image.dtype == torch.float32,
-            **call.product(replace(ds, num_warps=call.config.separate_warps) if separate else ds),
+            **call.product(replace(ds, num_warps=call.separate_warps()) if separate else ds),
         )  # fmt: skip

@@ -34,8 +34,8 @@ class Config:
     """Tiles of the forward (redone tiles included), of dS and of the two products.
 
     `narrow` replaces the first two where options (statistics, smoothing, labels with norms) keep more values beside the
-    accumulator, with `sigmoid_narrow` the forward of the sigmoid, with `normalize_narrow` dS of normalised towers.
-    with `labels_narrow` that of labels. `separate_warps`: of the tiles of dS that need two exponentials.
+    accumulator, with `sigmoid_narrow` the forward of the sigmoid, with `normalize_narrow` dS of normalised towers, with
+    `labels_narrow` that of labels. `labels_separate_warps`: of the tiles of dS that need two exponentials, with labels.
     `selected_redo_warps`: of redone tiles with ids or norms.
     """
 
@@ -47,7 +47,7 @@ class Config:
     group: int = 8
     sigmoid_narrow: bool = False
     normalize_narrow: bool = False
-    separate_warps: int = 8
+    labels_separate_warps: int = 8
     labels_narrow: bool = False
     selected_redo_warps: int = 8
 
@@ -91,7 +91,7 @@ _AMPERE_16 = Config(
     dual=Tiles(128, 128, 32, 8, 4),
     narrow=Tiles(128, 64, 32, 8, 4),
     tma=False,
-    separate_warps=16,  # with eight and labels 1 spills
+    labels_separate_warps=16,  # with eight 1 spills, and with sixteen and norms
 )
 # Rows that are not whole 16 bytes, on any chip: the masks of such loads take the registers of half a tile (at
 # 128 x 128 the products spill 1 to 7).

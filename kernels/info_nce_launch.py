@@ -113,6 +113,9 @@ class Call:
             crowded |= self.image_ids is not None
         return self.config.narrow if crowded else self.config.ds
 
+    def separate_warps(self) -> int:
+        return self.config.labels_separate_warps if self.labels is not None and not self.normalize else 8
+
     def redo_warps(self) -> int:
         return self.config.selected_redo_warps if self.normalize or self.image_ids is not None else 8
 
