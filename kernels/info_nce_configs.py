@@ -36,7 +36,8 @@ class Config:
     `narrow` replaces the first two where options (statistics, smoothing, labels with norms) keep more values beside the
     accumulator, with `sigmoid_narrow` the forward of the sigmoid, with `normalize_narrow` dS of normalised towers, with
     `labels_narrow` that of labels. `labels_separate_warps`: of the tiles of dS that need two exponentials, with labels.
-    `selected_redo_warps`: of redone tiles with ids or norms.
+    `redo_warps`: of redone tiles, and of those with ids or norms. `sigmoid_warps`: of the sigmoid's narrow forward, if
+    others than `narrow` says.
     """
 
     forward: Tiles
@@ -49,7 +50,8 @@ class Config:
     normalize_narrow: bool = False
     labels_separate_warps: int = 8
     labels_narrow: bool = False
-    selected_redo_warps: int = 8
+    redo_warps: tuple[int, int] = (8, 8)
+    sigmoid_warps: int = 0
 
 
 _HOPPER_16 = Config(
@@ -68,7 +70,7 @@ _HOPPER_16 = Config(
 )
 # fp16 needs more registers than bf16: with labels dS spills 12, with ids or norms redone tiles 55 to 73 in eight warps;
 # without either those spill 6 in sixteen.
-_HOPPER_FP16 = replace(_HOPPER_16, labels_narrow=True, selected_redo_warps=16)
+_HOPPER_FP16 = replace(_HOPPER_16, labels_narrow=True, redo_warps=(8, 16))
 # Other compilers than Triton 3.8 need more registers: with four warps 3.6 spills 2 (forward) and 53 (dS), 3.9 6 in the
 # forward; 5 in the sigmoid's forward with eight.
 _HOPPER_16_EIGHT_WARPS = replace(
@@ -128,6 +130,8 @@ _TF32_BLACKWELL = Config(
     dual=Tiles(128, 64, 32, 8, 3),
     narrow=Tiles(128, 32, 32, 8, 3),
     tma=False,
+    redo_warps=(4, 8),  # with eight labels spill 2, as the sigmoid with ids
+    sigmoid_warps=4,
 )
 _IEEE_BLACKWELL = replace(_IEEE, narrow=Tiles(64, 32, 16, 8, 2))  # with four warps the sigmoid spills 1
 _RAGGED_IEEE_BLACKWELL = replace(_IEEE_BLACKWELL, ds=Tiles(64, 64, 16, 8, 2))

@@ -102,7 +102,9 @@ class Call:
             return self.config.narrow if extras else tiles
         crowded = extras or self.normalize or self.image_ids is not None or self.image.dtype == torch.float32
         plain = not (crowded or self.config.sigmoid_narrow)
-        return replace(tiles, num_warps=8) if plain else self.config.narrow
+        if plain:
+            return replace(tiles, num_warps=8)
+        return replace(self.config.narrow, num_warps=self.config.sigmoid_warps or self.config.narrow.num_warps)
 
     def ds_tiles(self) -> Tiles:
         # What these keep beside the accumulator spills at the usual tile.
@@ -117,7 +119,7 @@ class Call:
         return self.config.labels_separate_warps if self.labels is not None and not self.normalize else 8
 
     def redo_warps(self) -> int:
-        return self.config.selected_redo_warps if self.normalize or self.image_ids is not None else 8
+        return self.config.redo_warps[self.normalize or self.image_ids is not None]
 
     def grid(self, items: int) -> tuple[int]:
         return (max(1, min(items, self.programs)),)
