@@ -133,6 +133,7 @@ _TF32_BLACKWELL = Config(
     redo_warps=(4, 8),  # with eight labels spill 2, as the sigmoid with ids
     sigmoid_warps=4,
 )
+_RAGGED_TF32_BLACKWELL = replace(_TF32_BLACKWELL, redo_warps=(8, 8))  # with four 89 spill
 _IEEE_BLACKWELL = replace(_IEEE, narrow=Tiles(64, 32, 16, 8, 2))  # with four warps the sigmoid spills 1
 _RAGGED_IEEE_BLACKWELL = replace(_IEEE_BLACKWELL, ds=Tiles(64, 64, 16, 8, 2))
 
@@ -145,7 +146,9 @@ def choose(capability: tuple[int, int], dtype: torch.dtype, precision: str, alig
     known = triton.__version__.startswith("3.8.")
     if dtype == torch.float32 and precision == "tf32":
         # At 128 x 128 3.9 spills 19 on sm_90.
-        return _TF32_BLACKWELL if blackwell else _TF32 if aligned and (known or not hopper) else _RAGGED_TF32
+        if blackwell:
+            return _TF32_BLACKWELL if aligned else _RAGGED_TF32_BLACKWELL
+        return _TF32 if aligned and (known or not hopper) else _RAGGED_TF32
     if dtype == torch.float32:
         if hopper and not known:
             return _IEEE_NARROW
