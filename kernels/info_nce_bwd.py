@@ -5,9 +5,10 @@
 
 The workspace holds one macro-tile of G = dS / unit in the towers' dtype, unit the largest upstream gradient: |G| <= 2
 needs no care in 16 bits. `info_nce_ds_kernel` fills it, `info_nce_dual_kernel` multiplies it both ways into fp32
-accumulators; macro-tiles follow each other in launch order, each accumulator element has one writer per launch: no
-atomics, the same bits on every run. Macro-tiles run along a row of blocks, so d_image's accumulator is one block of
-rows and only d_text's is whole. With fused normalisation G is divided by both norms, the products take the towers as
+accumulators; macro-tiles follow each other in launch order and each accumulator element has one writer per launch, so
+that L2's additions (TMA's) come in one order: the same bits on every run, and no atomic that others contend for, which
+leaves a variant with such nothing to win. Macro-tiles run along a row of blocks, so d_image's accumulator is one block
+of rows and only d_text's is whole. With fused normalisation G is divided by both norms, the products take the towers as
 they are, and the last kernel multiplies by the row's own norm again.
 
 FLOP: 6 N (M + K) D: 2 to recompute, 4 for the products. Logarithms and exponents: base 2.

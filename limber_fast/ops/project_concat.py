@@ -42,7 +42,7 @@ def project_concat(
                             = embedding[input_ids[b, s]]  elsewhere
 
     The soft prompts are written where they belong: there is no [n_images k, E] tensor and no concatenation (own
-    kernels).
+    kernels; a layer_norm's gradient on a GPU takes one).
 
     Args:
         features: [n_images, k, D] fp16|bf16|fp32 (fp64 runs on the eager backend), of a frozen or a tuned encoder. Any
