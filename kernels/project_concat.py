@@ -36,7 +36,7 @@ def dropout_factors(start, rows, columns, threshold, factor):
     return tl.where(x.to(tl.int64) >= threshold, factor, 0.0)
 
 
-@triton.jit(do_not_specialize=["start", "threshold", "image_token_id"])
+@triton.jit(do_not_specialize=["rows", "tokens", "num_m", "tiles", "start", "threshold", "image_token_id"])
 def project_concat_fwd_kernel(
     features, weight, bias, positions, input_ids, embedding, embedding_scales, out, rows, D, E, tokens, feature_stride,
     weight_stride, embedding_stride, image_token_id, start, threshold, factor, num_m, num_n,
@@ -113,7 +113,7 @@ def project_concat_norm_kernel(
         tl.store(out + line + e, y.to(out.dtype.element_ty), mask=e < E)
 
 
-@triton.jit(do_not_specialize=["start", "threshold"])
+@triton.jit(do_not_specialize=["rows", "start", "threshold"])
 def project_concat_norm_bwd_kernel(
     grad, places, prompts, ln_weight, weight_part, bias_part, rows, E, eps, start, threshold, factor,
     HAS_WEIGHT: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_PARTS: tl.constexpr, BLOCK: tl.constexpr,
@@ -174,7 +174,7 @@ def gradient_tile(
     return g
 
 
-@triton.jit(do_not_specialize=["start", "threshold"])
+@triton.jit(do_not_specialize=["rows", "start", "threshold"])
 def project_concat_weight_kernel(
     grad, places, features, d_weight, d_bias, rows, D, E, feature_stride, start, threshold, factor, num_m, num_n,
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -201,7 +201,7 @@ def project_concat_weight_kernel(
         tl.store(d_bias + e, total.to(d_bias.dtype.element_ty), mask=(e < E) & (pn == 0))
 
 
-@triton.jit(do_not_specialize=["start", "threshold"])
+@triton.jit(do_not_specialize=["rows", "num_m", "start", "threshold"])
 def project_concat_features_kernel(
     grad, places, weight, d_features, rows, D, E, weight_stride, start, threshold, factor, num_m, num_n,
     HAS_DROPOUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,

@@ -30,15 +30,19 @@ _HOPPER_16 = Config(Tiles(128, 128, 64, 8, 3), Tiles(128, 128, 32, 8, 3), True)
 _AMPERE_16 = Config(Tiles(128, 128, 32, 8, 4), Tiles(128, 64, 32, 8, 3), False)
 # Rows that are not whole 16 bytes, on any chip: at 128 x 128 their masks spill 54 registers on sm_100.
 _RAGGED_16 = Config(Tiles(128, 64, 32, 8, 4), Tiles(128, 64, 32, 8, 3), False)
-# fp32 on sm_80: 8 warps in the gradients spill a register beside the mask, as two stages do in the IEEE projection.
+# fp32 on sm_80: 8 warps in tf32's gradients spill a register beside the mask (on sm_100 4 do), as three stages do in
+# the IEEE projection.
 _TF32 = Config(Tiles(128, 64, 32, 8, 3), Tiles(64, 64, 32, 4, 3), False)
-_IEEE = Config(Tiles(64, 64, 16, 4, 3), Tiles(64, 64, 16, 8, 2), False)
+_TF32_BLACKWELL = Config(Tiles(128, 64, 32, 8, 3), Tiles(64, 64, 32, 8, 3), False)
+_IEEE = Config(Tiles(64, 64, 16, 4, 2), Tiles(64, 64, 16, 8, 2), False)
 
 
 def choose(capability: tuple[int, int], dtype: torch.dtype, precision: str, aligned: bool) -> Config:
     """The row for a chip, the features' dtype, for fp32 'ieee' or 'tf32', and whether TMA can read the operands."""
     if dtype == torch.float32:
-        return _TF32 if precision == "tf32" else _IEEE
+        if precision != "tf32":
+            return _IEEE
+        return _TF32_BLACKWELL if capability[0] >= 10 else _TF32
     if not aligned:
         return _RAGGED_16
     return _HOPPER_16 if capability[0] >= 9 else _AMPERE_16
