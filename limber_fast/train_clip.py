@@ -20,8 +20,8 @@ from limber_fast import checks, files
 from limber_fast.console import Console
 from limber_fast.data.index import Index
 from limber_fast.optional import needed
-from limber_fast.train_limber import kept_for_backward, pairs_of, processes, tell_skipped, tensorboard
-from limber_fast.training.checkpoint import CLIP, CheckpointError, load_alike
+from limber_fast.train_limber import kept_for_backward, pairs_of, processes, resume, tell_skipped, tensorboard
+from limber_fast.training.checkpoint import CLIP
 from limber_fast.training.clip import ClipTrainer
 from limber_fast.training.clip_config import ClipTrainConfig
 from limber_fast.training.interrupt import EXIT_CODE
@@ -52,14 +52,8 @@ def main(args: argparse.Namespace, console: Console) -> int:
             return dry_run(trainer, world, console)
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint = folder / "checkpoint.pt"
-        try:
-            state = load_alike(checkpoint, CLIP) if args.resume else None
-        except CheckpointError as error:
-            console.error(f"{error}; run without --resume to start anew")
+        if args.resume and not resume(trainer, checkpoint, CLIP, console):
             return FAILED
-        if state is not None:
-            trainer.restore(state)
-            console.print(f"resumed at step {trainer.step}")
         log = tensorboard(folder, trainer.step) if config.tensorboard and not rank else None
         with console.progress("training", config.steps) as update:
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ from limber_fast.models.encoders import weights_of
 from limber_fast.models.tokenizer import pretrained_tokenizer
 from limber_fast.optional import needed
 from limber_fast.training import skipped
-from limber_fast.training.checkpoint import LIMBER, CheckpointError, load_alike
+from limber_fast.training.checkpoint import LIMBER, CheckpointError, Layout, load_alike
 from limber_fast.training.interrupt import EXIT_CODE
 from limber_fast.training.limber import LimberTrainer
 from limber_fast.training.limber_config import LimberTrainConfig, from_flags
@@ -59,14 +60,8 @@ def main(args: argparse.Namespace, console: Console) -> int:
         features = _features(limber, pairs, config, folder, console)
         trainer = LimberTrainer(limber, pairs, config, features)
         checkpoint = folder / "checkpoint.pt"
-        try:
-            state = load_alike(checkpoint, LIMBER) if args.resume else None
-        except CheckpointError as error:
-            console.error(f"{error}; run without --resume to start anew")
+        if args.resume and not resume(trainer, checkpoint, LIMBER, console):
             return FAILED
-        if state is not None:
-            trainer.restore(state)
-            console.print(f"resumed at step {trainer.step}")
         log = tensorboard(folder, trainer.step) if config.tensorboard and not rank else None
         with console.progress("training", config.steps) as update:
 
@@ -86,6 +81,19 @@ def main(args: argparse.Namespace, console: Console) -> int:
             limber.save_pretrained(folder / "map")
             console.print(f"{folder / 'map'}")
     return 0
+
+
+def resume(trainer: Any, checkpoint: Path, layout: Layout, console: Console) -> bool:
+    """Goes on from the checkpoint where there is one; False, told in a line, where it is none to go on from."""
+    try:
+        state = load_alike(checkpoint, layout)
+    except CheckpointError as error:
+        console.error(f"{error}; run without --resume to start anew")
+        return False
+    if state is not None:
+        trainer.restore(state)
+        console.print(f"resumed at step {trainer.step}")
+    return True
 
 
 def tell_skipped(lines: Iterable[str], folder: Path, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""Compiles a catalogue's cases in several processes, so that Triton's cache on disk holds them for this one."""
+"""Compiles and gates a catalogue's cases in several processes; Triton's cache on disk holds them for this one then."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from limber_fast.kernels.catalogue import Case, Work
 from limber_fast.report.aot.build import compile_case
 from limber_fast.report.aot.rules import gate
 
+_Job = tuple[str, str, str, int]  # target, the catalogue's target, file, position
+_Result = TypeVar("_Result")
 CASES_PER_PROCESS = 12  # a process imports torch before its first case: fewer are compiled sooner without
 
 
@@ -34,10 +36,6 @@ def gate_all(target: str, chosen: Sequence[tuple[str, int]]) -> list[str]:
     jobs = [(target, target, *place) for place in chosen]
     found = _in_processes(_gate, jobs) if _processes(jobs) > 1 else map(_gate, jobs)
     return [failure for failures in found for failure in failures]
-
-
-_Job = tuple[str, str, str, int]
-_Result = TypeVar("_Result")
 
 
 def _processes(jobs: Sequence[_Job]) -> int:
