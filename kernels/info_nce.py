@@ -61,6 +61,41 @@ def live_mask(
 
 
 @triton.jit
+def put_at_label(acc, label, value, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr):
+    """(the element of each row in the column `label`, 0 without one; the tile with `value` there).
+
+    Columns are numbered within each of GROUPS runs that different warps hold: the numbers are constants of the code.
+    Those of a whole tile would be a register each, which the compiler keeps, and spills, through all tiles.
+    """
+    if GROUPS == 1:
+        is_label = label[:, None] == tl.arange(0, BLOCK_N)[None, :]
+        own = tl.sum(tl.where(is_label, acc, 0.0), 1)
+        return own, tl.where(is_label, value, acc)
+    else:
+        RUN: tl.constexpr = BLOCK_N // GROUPS
+        runs = tl.reshape(acc, (BLOCK_M, GROUPS, RUN))
+        within = label[:, None] - RUN * tl.arange(0, GROUPS)[None, :]
+        is_label = within[:, :, None] == tl.arange(0, RUN)[None, None, :]
+        own = tl.sum(tl.sum(tl.where(is_label, runs, 0.0), 2), 1)
+        put = value if len(value.shape) == 0 else tl.expand_dims(value, 2)
+        return own, tl.reshape(tl.where(is_label, put, runs), (BLOCK_M, BLOCK_N))
+
+
+@triton.jit
+def put_beyond(acc, rows, columns, value, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr):
+    """The tile with `value` everywhere but in its first `rows` and `columns`; GROUPS as above."""
+    here_m = tl.arange(0, BLOCK_M)
+    if GROUPS == 1:
+        live = (here_m < rows)[:, None] & (tl.arange(0, BLOCK_N) < columns)[None, :]
+        return tl.where(live, acc, value)
+    else:
+        RUN: tl.constexpr = BLOCK_N // GROUPS
+        left = columns - RUN * tl.arange(0, GROUPS)
+        live = (here_m < rows)[:, None, None] & (tl.arange(0, RUN)[None, None, :] < left[None, :, None])
+        return tl.reshape(tl.where(live, tl.reshape(acc, (BLOCK_M, GROUPS, RUN)), value), (BLOCK_M, BLOCK_N))
+
+
+@triton.jit
 def tile_dots(
     image, text, image_norm, text_norm, m0, n0, N, M, D, image_stride, text_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NORMALIZE: tl.constexpr,
@@ -76,6 +111,33 @@ def tile_dots(
         row_factor = 1.0 / tl.load(image_norm + rows, mask=rows < N, other=1.0)
         column_factor = 1.0 / tl.load(text_norm + columns, mask=columns < M, other=1.0)
         acc = acc * row_factor[:, None] * column_factor[None, :]
+    return acc
+
+
+@triton.jit
+def negatives_of(
+    acc, labels, image_ids, text_ids, positive, nowhere, m0, n0, N, M,
+    HAS_LABELS: tl.constexpr, HAS_IDS: tl.constexpr, HAS_POSITIVE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Similarities with `nowhere` at all that is no negative; those of positives are stored.
+
+    Most tiles meet no positive and no edge: nothing is masked there.
+    """
+    rows = m0 + tl.arange(0, BLOCK_M)
+    if HAS_POSITIVE:
+        label, meets = labels_within(labels, rows, N, m0, n0, BLOCK_M, BLOCK_N, HAS_LABELS)
+        if HAS_LABELS | meets:
+            own, acc = put_at_label(acc, label, nowhere, BLOCK_M, BLOCK_N, GROUPS)
+            here = (label >= 0) & (label < BLOCK_N) & (rows < N)
+            tl.store(positive + rows, own, mask=here)
+    if HAS_IDS:
+        columns = n0 + tl.arange(0, BLOCK_N)
+        row_id = tl.load(image_ids + rows, mask=rows < N, other=0)
+        column_id = tl.load(text_ids + columns, mask=columns < M, other=0)
+        acc = tl.where(row_id[:, None] == column_id[None, :], nowhere, acc)
+    if (m0 + BLOCK_M > N) | (n0 + BLOCK_N > M):
+        acc = put_beyond(acc, N - m0, M - n0, nowhere, BLOCK_M, BLOCK_N, GROUPS)
     return acc
 
 
@@ -111,18 +173,22 @@ def store_triple(part, field, at, shift, total, moment, mask):
 
 
 @triton.jit
-def no_sums(BLOCK_N: tl.constexpr, KEPT: tl.constexpr):
+def no_sums(BLOCK_N: tl.constexpr, KEPT: tl.constexpr, LANES: tl.constexpr):
     if KEPT == 0:
         return tl.zeros((BLOCK_N,), tl.float32)
     else:
-        return tl.zeros((KEPT, 8, BLOCK_N), tl.float32)
+        return tl.zeros((KEPT, LANES, BLOCK_N), tl.float32)
 
 
 @triton.jit
-def column_sums(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEPT: tl.constexpr):
-    """Sums of the columns of [BLOCK_M, BLOCK_N]; with KEPT warps along the rows those of every thread, [KEPT, 8, .]."""
+def column_sums(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEPT: tl.constexpr, LANES: tl.constexpr):
+    """Sums of the columns of [BLOCK_M, BLOCK_N]; with KEPT warps along the rows those of every thread, which are
+    [KEPT, LANES, BLOCK_N].
+    """
     if KEPT == 0:
         return tl.sum(x, 0)
+    elif LANES == 32:  # tensor memory gives a thread one row
+        return tl.sum(tl.reshape(x, (BLOCK_M // (32 * KEPT), KEPT, 32, BLOCK_N)), 0)
     else:  # where a tensor core leaves rows: bits 0 to 2 count lanes, bit 3 registers, the next warps
         return tl.sum(tl.sum(tl.reshape(x, (BLOCK_M // (16 * KEPT), KEPT, 2, 8, BLOCK_N)), 2), 0)
 
@@ -130,15 +196,16 @@ def column_sums(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEPT: tl.conste
 @triton.jit
 def piece_sums(
     acc, factor, factor_low, shift, col_sum, col_moment,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEPT: tl.constexpr, HAS_COLUMNS: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEPT: tl.constexpr, LANES: tl.constexpr, HAS_COLUMNS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Row sums and moments of a piece of a tile, and its columns' added to those given."""
     x = exponents(acc, factor, factor_low, shift, WIDE)
     e = tl.exp2(x)
     moment = e * x
     if HAS_COLUMNS:
-        col_sum += column_sums(e, BLOCK_M, BLOCK_N, KEPT)
-        col_moment += column_sums(moment, BLOCK_M, BLOCK_N, KEPT)
+        col_sum += column_sums(e, BLOCK_M, BLOCK_N, KEPT, LANES)
+        col_moment += column_sums(moment, BLOCK_M, BLOCK_N, KEPT, LANES)
     return tl.sum(e, 1), tl.sum(moment, 1), col_sum, col_moment
 
 
@@ -149,11 +216,13 @@ def distance(total):
 
 
 @triton.jit
-def row_distance(total, live, BLOCK_M: tl.constexpr, KEPT: tl.constexpr):
-    """The largest distance of the live rows' sums; with KEPT that of every thread, [KEPT, 8]."""
+def row_distance(total, live, BLOCK_M: tl.constexpr, KEPT: tl.constexpr, LANES: tl.constexpr):
+    """The largest distance of the live rows' sums; with KEPT that of every thread, [KEPT, LANES]."""
     far = tl.where(live, distance(total), 0)
     if KEPT == 0:
         return tl.max(far, 0)
+    elif LANES == 32:
+        return tl.max(tl.reshape(far, (BLOCK_M // (32 * KEPT), KEPT, 32)), 0)
     else:
         return tl.max(tl.max(tl.reshape(far, (BLOCK_M // (16 * KEPT), KEPT, 2, 8)), 2), 0)
 
@@ -162,7 +231,7 @@ def row_distance(total, live, BLOCK_M: tl.constexpr, KEPT: tl.constexpr):
 def store_columns(part, field, shift, total, moment, left, BLOCK_N: tl.constexpr, KEPT: tl.constexpr):
     """Stores the sums of a piece's first `left` columns; the largest distance of one."""
     if KEPT > 0:
-        total, moment = tl.sum(tl.sum(total, 0), 0), tl.sum(tl.sum(moment, 0), 0)
+        total, moment = tl.sum(tl.sum(total, 1), 0), tl.sum(tl.sum(moment, 1), 0)
     columns = tl.arange(0, BLOCK_N)
     store_triple(part, field, columns, total * 0 + shift, total, moment, columns < left)
     return tl.max(tl.where(columns < left, distance(total), 0), 0)
@@ -184,7 +253,8 @@ def info_nce_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STRIP: tl.constexpr,
     HAS_LABELS: tl.constexpr, HAS_IDS: tl.constexpr, HAS_POSITIVE: tl.constexpr, HAS_COLUMNS: tl.constexpr,
     HAS_EXTRAS: tl.constexpr, NORMALIZE: tl.constexpr, WIDE: tl.constexpr, PIECES: tl.constexpr, KEPT: tl.constexpr,
-    TMA: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    LANES: tl.constexpr, WARP_GROUPS: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows row0 .. row0 + num_m BLOCK_M - 1 against all columns, by strips: STRIP row blocks of one column block.
 
@@ -193,11 +263,8 @@ def info_nce_fwd_kernel(
     row_extra, col_extra: (best, sum, number) of the negatives' x, laid out as the parts.
     """
     factor, factor_low = split_scale(scale)
-    flipped = factor < 0
-    factor_low = tl.where(flipped, -factor_low, factor_low)
-    factor = tl.abs(factor)
     # So far below any logit that its exponential is 0, and finite: its moment is 0 as well.
-    nowhere = tl.maximum(-1e18 / factor, -3e38)
+    nowhere = tl.minimum(tl.maximum(-1e18 / factor, -3e38), 3e38)
     a = descriptor(image, N, D, image_stride, BLOCK_M, BLOCK_K, TMA)
     b = descriptor(text, M, D, text_stride, BLOCK_N, BLOCK_K, TMA)
     strips, row_field, col_field = tl.cdiv(num_m, STRIP), num_m * BLOCK_M, num_n * BLOCK_N
@@ -207,13 +274,13 @@ def info_nce_fwd_kernel(
         n0, first = pn * BLOCK_N, at * STRIP
         columns = n0 + tl.arange(0, BLOCK_N)
         shift = 0.0
-        col_sum, col_moment = no_sums(PIECE, KEPT), no_sums(PIECE, KEPT)
+        col_sum, col_moment = no_sums(PIECE, KEPT, LANES), no_sums(PIECE, KEPT, LANES)
         if PIECES == 2:
-            right_sum, right_moment = no_sums(PIECE, KEPT), no_sums(PIECE, KEPT)
+            right_sum, right_moment = no_sums(PIECE, KEPT, LANES), no_sums(PIECE, KEPT, LANES)
         furthest = 0
         if KEPT > 0:
-            furthest = tl.zeros((KEPT, 8), tl.int32)
-        for tile in range(0, tiles_of(first, num_m, STRIP)):
+            furthest = tl.zeros((KEPT, LANES), tl.int32)
+        for tile in tl.range(0, tiles_of(first, num_m, STRIP), disable_licm=True):
             pm = first + tile
             m0 = row0 + pm * BLOCK_M
             if KEPT > 0:
@@ -223,45 +290,42 @@ def info_nce_fwd_kernel(
                 NORMALIZE, TMA, EVEN_K, PRECISION, STAGES,
             )  # fmt: skip
             rows = m0 + tl.arange(0, BLOCK_M)
-            # Most tiles meet no positive and no edge: nothing is masked there. Columns count from the tile's first,
-            # which makes masks of compares with constants; as one mask [BLOCK_M, BLOCK_N] they spilled 119 registers.
-            here_m, here_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-            if flipped:
-                acc = -acc
-            if HAS_POSITIVE:
-                label, meets = labels_within(labels, rows, N, m0, n0, BLOCK_M, BLOCK_N, HAS_LABELS)
-                if HAS_LABELS | meets:
-                    is_positive = label[:, None] == here_n[None, :]
-                    here = (label >= 0) & (label < BLOCK_N) & (rows < N)
-                    own = tl.sum(tl.where(is_positive, acc, 0.0), 1)
-                    tl.store(positive + rows, tl.where(flipped, -own, own), mask=here)
-                    acc = tl.where(is_positive, nowhere, acc)
-            if HAS_IDS:
-                row_id = tl.load(image_ids + rows, mask=rows < N, other=0)
-                column_id = tl.load(text_ids + columns, mask=columns < M, other=0)
-                acc = tl.where(row_id[:, None] == column_id[None, :], nowhere, acc)
-            if m0 + BLOCK_M > N:
-                acc = tl.where((here_m < N - m0)[:, None], acc, nowhere)
-            if n0 + BLOCK_N > M:
-                acc = tl.where((here_n < M - n0)[None, :], acc, nowhere)
-            if tile == 0:
-                shift = tl.floor(tl.max(tl.max(acc, 1), 0) * factor + 0.5)
             if PIECES == 1:
+                acc = negatives_of(
+                    acc, labels, image_ids, text_ids, positive, nowhere, m0, n0, N, M, HAS_LABELS, HAS_IDS,
+                    HAS_POSITIVE, BLOCK_M, BLOCK_N, WARP_GROUPS,
+                )  # fmt: skip
+                if tile == 0:
+                    shift = tl.floor(tl.max(tl.max(acc * factor, 1), 0) + 0.5)
                 row_sum, row_moment, col_sum, col_moment = piece_sums(
-                    acc, factor, factor_low, shift, col_sum, col_moment, BLOCK_M, BLOCK_N, KEPT, HAS_COLUMNS, WIDE
-                )
+                    acc, factor, factor_low, shift, col_sum, col_moment, BLOCK_M, BLOCK_N, KEPT, LANES, HAS_COLUMNS,
+                    WIDE,
+                )  # fmt: skip
             else:  # one piece of the columns after the other: fewer exponentials live at once
                 left, right = column_halves(acc, BLOCK_M, BLOCK_N)
+                left = negatives_of(
+                    left, labels, image_ids, text_ids, positive, nowhere, m0, n0, N, M, HAS_LABELS, HAS_IDS,
+                    HAS_POSITIVE, BLOCK_M, PIECE, WARP_GROUPS,
+                )  # fmt: skip
+                if tile == 0:
+                    shift = tl.floor(tl.max(tl.max(left * factor, 1), 0) + 0.5)
                 row_sum, row_moment, col_sum, col_moment = piece_sums(
-                    left, factor, factor_low, shift, col_sum, col_moment, BLOCK_M, PIECE, KEPT, HAS_COLUMNS, WIDE
-                )
+                    left, factor, factor_low, shift, col_sum, col_moment, BLOCK_M, PIECE, KEPT, LANES, HAS_COLUMNS,
+                    WIDE,
+                )  # fmt: skip
+                right = negatives_of(
+                    right, labels, image_ids, text_ids, positive, nowhere, m0, n0 + PIECE, N, M, HAS_LABELS, HAS_IDS,
+                    HAS_POSITIVE, BLOCK_M, PIECE, WARP_GROUPS,
+                )  # fmt: skip
                 more_sum, more_moment, right_sum, right_moment = piece_sums(
-                    right, factor, factor_low, shift, right_sum, right_moment, BLOCK_M, PIECE, KEPT, HAS_COLUMNS, WIDE
-                )
+                    right, factor, factor_low, shift, right_sum, right_moment, BLOCK_M, PIECE, KEPT, LANES, HAS_COLUMNS,
+                    WIDE,
+                )  # fmt: skip
                 row_sum, row_moment = row_sum + more_sum, row_moment + more_moment
+            rows = m0 + tl.arange(0, BLOCK_M)
             row_at = (first_part + pn).to(tl.int64) * (3 * row_field) + pm * BLOCK_M + tl.arange(0, BLOCK_M)
             store_triple(row_part, row_field, row_at, row_sum * 0 + shift, row_sum, row_moment, None)
-            furthest = tl.maximum(furthest, row_distance(row_sum, rows < N, BLOCK_M, KEPT))
+            furthest = tl.maximum(furthest, row_distance(row_sum, rows < N, BLOCK_M, KEPT, LANES))
             if HAS_EXTRAS:
                 negative, _ = live_mask(
                     labels, image_ids, text_ids, rows, columns, N, M, HAS_LABELS, HAS_IDS, HAS_POSITIVE
@@ -302,59 +366,68 @@ def exact_sums(x, AXIS: tl.constexpr):
     return shift, tl.sum(e, AXIS), tl.sum(tl.where(e == 0.0, 0.0, e * x), AXIS)
 
 
+@triton.jit
+def add_triple(part, field, at, shift, total, moment, mask, FRESH):
+    """Stores a sum, with what is there already unless FRESH. Kept in memory: beside an accumulator they would spill."""
+    if not FRESH:
+        tl.debug_barrier()
+        shift, total, moment = merge_sums(
+            tl.load(part + at, mask=mask, other=0.0),
+            tl.load(part + field + at, mask=mask, other=0.0),
+            tl.load(part + 2 * field + at, mask=mask, other=0.0),
+            shift, total, moment,
+        )  # fmt: skip
+    store_triple(part, field, at, shift, total, moment, mask)
+
+
 @triton.jit(do_not_specialize=["N", "M", "num_m", "num_n", "first_part"])
 def info_nce_redo_kernel(
     image, text, scale, image_norm, text_norm, labels, image_ids, text_ids, row_part, col_part, redo,
     N, M, D, image_stride, text_stride, row0, num_m, num_n, first_part,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STRIP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPAN_N: tl.constexpr, STRIP: tl.constexpr,
     HAS_LABELS: tl.constexpr, HAS_IDS: tl.constexpr, HAS_POSITIVE: tl.constexpr, HAS_COLUMNS: tl.constexpr,
-    NORMALIZE: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    NORMALIZE: tl.constexpr, WARP_GROUPS: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The strips that `info_nce_fwd_kernel` marked, with an exponential per row and one per column. Normally none."""
+    """The strips that `info_nce_fwd_kernel` marked, with an exponential per row and one per column. Normally none.
+
+    The forward's tiles are BLOCK_M x SPAN_N; these are as wide as their registers allow.
+    """
     factor = log2_scale(scale).to(tl.float32)
     a = descriptor(image, N, D, image_stride, BLOCK_M, BLOCK_K, TMA)
     b = descriptor(text, M, D, text_stride, BLOCK_N, BLOCK_K, TMA)
-    row_field, col_field = num_m * BLOCK_M, num_n * BLOCK_N
+    row_field, col_field = num_m * BLOCK_M, num_n * SPAN_N
     for item in range(tl.program_id(0), tl.cdiv(num_m, STRIP) * num_n, tl.num_programs(0)):
         if tl.load(redo + item) != 0:
             at, pn = item // num_n, item % num_n
-            n0, first = pn * BLOCK_N, at * STRIP
-            columns = n0 + tl.arange(0, BLOCK_N)
-            col_at = at.to(tl.int64) * (3 * col_field) + columns
-            for tile in range(0, tiles_of(first, num_m, STRIP)):
+            first = at * STRIP
+            wide = SPAN_N // BLOCK_N
+            for step in tl.range(0, tiles_of(first, num_m, STRIP) * wide, disable_licm=True):
+                tile, piece = step // wide, step % wide
                 pm = first + tile
-                m0 = row0 + pm * BLOCK_M
+                m0, n0 = row0 + pm * BLOCK_M, pn * SPAN_N + piece * BLOCK_N
                 tl.assume(D > 0)
                 acc = tile_dots(
                     a, b, image_norm, text_norm, m0, n0, N, M, D, image_stride, text_stride, BLOCK_M, BLOCK_N, BLOCK_K,
                     NORMALIZE, TMA, EVEN_K, PRECISION, STAGES,
                 )  # fmt: skip
-                rows = m0 + tl.arange(0, BLOCK_M)
+                rows, columns = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
                 x, nothing = acc * factor, float("-inf")
-                here_m, here_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)  # one mask of all spills, as in forward
                 if HAS_POSITIVE:
                     label = row_labels(labels, rows, N, HAS_LABELS) - n0
-                    x = tl.where(label[:, None] == here_n[None, :], nothing, x)
+                    _, x = put_at_label(x, label, nothing, BLOCK_M, BLOCK_N, WARP_GROUPS)
                 if HAS_IDS:
                     row_id = tl.load(image_ids + rows, mask=rows < N, other=0)
                     column_id = tl.load(text_ids + columns, mask=columns < M, other=0)
                     x = tl.where(row_id[:, None] == column_id[None, :], nothing, x)
-                x = tl.where((here_m < N - m0)[:, None], x, nothing)
-                x = tl.where((here_n < M - n0)[None, :], x, nothing)
+                x = put_beyond(x, N - m0, M - n0, nothing, BLOCK_M, BLOCK_N, WARP_GROUPS)
                 shift, total, moment = exact_sums(x, 1)
                 row_at = (first_part + pn).to(tl.int64) * (3 * row_field) + pm * BLOCK_M + tl.arange(0, BLOCK_M)
-                store_triple(row_part, row_field, row_at, shift, total, moment, None)
+                add_triple(row_part, row_field, row_at, shift, total, moment, rows >= row0, piece == 0)
                 if HAS_COLUMNS:
                     shift, total, moment = exact_sums(x, 0)
-                    if tile > 0:  # kept in memory: beside the accumulator they spill 17 registers
-                        tl.debug_barrier()
-                        shift, total, moment = merge_sums(
-                            tl.load(col_part + col_at, mask=columns < M, other=0.0),
-                            tl.load(col_part + col_field + col_at, mask=columns < M, other=0.0),
-                            tl.load(col_part + 2 * col_field + col_at, mask=columns < M, other=0.0),
-                            shift, total, moment,
-                        )  # fmt: skip
-                    store_triple(col_part, col_field, col_at, shift, total, moment, columns < M)
+                    col_at = at.to(tl.int64) * (3 * col_field) + columns
+                    add_triple(col_part, col_field, col_at, shift, total, moment, columns < M, tile == 0)
 
 
 @triton.jit(do_not_specialize=["parts", "n", "size"])

@@ -24,7 +24,15 @@ import triton
 import triton.language as tl
 
 from limber_fast.kernels.common import column_halves, descriptor, grouped_order
-from limber_fast.kernels.info_nce import exponents, labels_within, live_mask, split_scale, tile_dots
+from limber_fast.kernels.info_nce import (
+    exponents,
+    labels_within,
+    live_mask,
+    put_at_label,
+    put_beyond,
+    split_scale,
+    tile_dots,
+)
 from limber_fast.kernels.info_nce_sigmoid import softplus_and_slope
 
 # Bits between the largest and the smallest log-sum-exp of a tile that one exponential can serve: 2^-60 .. 2^60 around
@@ -62,18 +70,39 @@ def expm1_of_minus(y):
     return tl.where(y < 0.25, p * y, tl.exp2(-y * 1.4426950408889634) - 1.0)
 
 
+@triton.jit(do_not_specialize=["n"])
+def info_nce_weights_kernel(state, grad, unit, weight, span, n, BLOCK: tl.constexpr):
+    """weight = grad / unit 2^(centre - log-sum-exp) of a block of rows (or columns), zeros past the end, and its span:
+    (smallest log-sum-exp, largest, centre between them), whose centre is an integer.
+    """
+    block = tl.program_id(0)
+    i = block * BLOCK + tl.arange(0, BLOCK)
+    here = tl.minimum(i, n - 1)  # past the end the last line's: minimum and maximum stay as they are
+    exponent, remainder = tl.load(state + here), tl.load(state + n + here)
+    low, high = tl.min(exponent + remainder, 0), tl.max(exponent + remainder, 0)
+    centre = tl.floor(0.5 * (low + high))
+    share = tl.load(grad + i, mask=i < n, other=0.0) / tl.load(unit)
+    tl.store(weight + i, share * tl.exp2((centre - exponent) - remainder))
+    tl.store(span + 3 * block, low)
+    tl.store(span + 3 * block + 1, high)
+    tl.store(span + 3 * block + 2, centre)
+
+
 @triton.jit(do_not_specialize=["N", "M", "num_m", "num_n"])
 def info_nce_ds_kernel(
     image, text, scale, bias, image_norm, text_norm, labels, image_ids, text_ids, row_state, col_state, row_grad,
-    col_grad, unit, norm_unit, g, N, M, D, image_stride, text_stride, row0, column0, num_m, num_n, g_stride, smoothing,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    HAS_LABELS: tl.constexpr, HAS_IDS: tl.constexpr, HAS_POSITIVE: tl.constexpr, HAS_COLUMNS: tl.constexpr,
-    HAS_SMOOTHING: tl.constexpr, SIGMOID: tl.constexpr, NORMALIZE: tl.constexpr, SEPARATE: tl.constexpr,
-    WIDE: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    col_grad, row_weight, col_weight, row_span, col_span, unit, norm_unit, g, N, M, D, image_stride, text_stride, row0,
+    column0, num_m, num_n, g_stride, smoothing,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SPAN_M: tl.constexpr,
+    SPAN_N: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_IDS: tl.constexpr, HAS_POSITIVE: tl.constexpr,
+    HAS_COLUMNS: tl.constexpr, HAS_SMOOTHING: tl.constexpr, SIGMOID: tl.constexpr, NORMALIZE: tl.constexpr,
+    SEPARATE: tl.constexpr, WIDE: tl.constexpr, WARP_GROUPS: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """G of rows row0 .. + num_m BLOCK_M and columns column0 .. + num_n BLOCK_N, whole tiles, zeros past the ends.
 
-    SEPARATE False: the tiles whose log-sum-exps one exponential can serve, known before the product; True: the others.
+    SEPARATE False: the tiles whose log-sum-exps one exponential can serve, known before the product; True: the others,
+    in tiles of their own within those of SPAN_M x SPAN_N.
     """
     factor, factor_low = split_scale(scale)
     inverse_unit = 1.0 / tl.load(unit)
@@ -83,28 +112,28 @@ def info_nce_ds_kernel(
         norm_factor = tl.load(norm_unit)
     a_ = descriptor(image, N, D, image_stride, BLOCK_M, BLOCK_K, TMA)
     b_ = descriptor(text, M, D, text_stride, BLOCK_N, BLOCK_K, TMA)
-    for tile in range(tl.program_id(0), num_m * num_n, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), num_m * num_n, tl.num_programs(0), disable_licm=True):
         pm, pn = grouped_order(tile, num_m, num_n, GROUP)
         m0, n0 = row0 + pm * BLOCK_M, column0 + pn * BLOCK_N
-        rows, columns = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
-        row_live, col_live = rows < N, columns < M
         low, high = 0.0, 0.0
         if not SIGMOID:
-            # Past the ends the last row's own values: they leave minimum and maximum as they are. Found beforehand,
-            # two numbers a block, they cost the plain 16-bit tile 110 spilled registers (sm_90).
-            last, last_column = tl.minimum(rows, N - 1), tl.minimum(columns, M - 1)
-            lse = tl.load(row_state + last) + tl.load(row_state + N + last)
-            low, high = tl.min(lse, 0), tl.max(lse, 0)
+            row_block, column_block = m0 // SPAN_M, n0 // SPAN_N
+            low, high = tl.load(row_span + 3 * row_block), tl.load(row_span + 3 * row_block + 1)
             if HAS_COLUMNS:
-                lse = tl.load(col_state + last_column) + tl.load(col_state + M + last_column)
-                low, high = tl.minimum(low, tl.min(lse, 0)), tl.maximum(high, tl.max(lse, 0))
+                low = tl.minimum(low, tl.load(col_span + 3 * column_block))
+                high = tl.maximum(high, tl.load(col_span + 3 * column_block + 1))
         one_serves = (high - low <= SPREAD) & (tl.abs(high) < 1e6)  # false for NaN and infinity
         if one_serves != SEPARATE:
             acc = tile_dots(
                 a_, b_, image_norm, text_norm, m0, n0, N, M, D, image_stride, text_stride, BLOCK_M, BLOCK_N, BLOCK_K,
                 NORMALIZE, TMA, EVEN_K, PRECISION, STAGES,
             )  # fmt: skip
-            a = tl.load(row_grad + rows, mask=row_live, other=0.0) * inverse_unit
+            rows, columns = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
+            row_live, col_live = rows < N, columns < M
+            if SIGMOID or SEPARATE or HAS_SMOOTHING:
+                a = tl.load(row_grad + rows, mask=row_live, other=0.0) * inverse_unit
+                if HAS_COLUMNS:
+                    b = tl.load(col_grad + columns, mask=col_live, other=0.0) * inverse_unit
             if SIGMOID:
                 x = acc * plain_factor + offset
                 negative, is_positive = live_mask(
@@ -114,8 +143,6 @@ def info_nce_ds_kernel(
                 tile_g = tl.where(is_positive, -slope, slope) * a[:, None]
                 tile_g = tl.where(negative | is_positive, tile_g, 0.0)
             else:
-                if HAS_COLUMNS:
-                    b = tl.load(col_grad + columns, mask=col_live, other=0.0) * inverse_unit
                 if SEPARATE:
                     # The remainder goes to the weight: 32 numbers less a thread than three vectors of columns.
                     exponent = tl.load(row_state + rows, mask=row_live, other=0.0)
@@ -129,19 +156,17 @@ def info_nce_ds_kernel(
                         tile_g = tl.fma(e, weight[None, :], tile_g)  # as a product and a sum they spill with labels
                 else:
                     shift = tl.floor(0.5 * (low + high))
-                    weight = weights_of(row_state, N, rows, row_live, a, shift)
+                    weight = tl.load(row_weight + rows) * tl.exp2(shift - tl.load(row_span + 3 * row_block + 2))
                     e = tl.exp2(exponents(acc, factor, factor_low, shift, WIDE))
                     if HAS_COLUMNS:
-                        col_weight = weights_of(col_state, M, columns, col_live, b, shift)
-                        tile_g = e * (weight[:, None] + col_weight[None, :])
+                        down = tl.exp2(shift - tl.load(col_span + 3 * column_block + 2))
+                        tile_g = e * (weight[:, None] + (tl.load(col_weight + columns) * down)[None, :])
                     else:
                         tile_g = e * weight[:, None]
                 if HAS_SMOOTHING:
                     tile_g -= (a * tl.load(row_state + 5 * N + rows, mask=row_live, other=0.0))[:, None]
                     if HAS_COLUMNS:
                         tile_g -= (b * tl.load(col_state + 5 * M + columns, mask=col_live, other=0.0))[None, :]
-                # Columns count from the tile's first: compares with constants. A whole mask spilled.
-                here_m, here_n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
                 if HAS_IDS:
                     row_id = tl.load(image_ids + rows, mask=row_live, other=0)
                     column_id = tl.load(text_ids + columns, mask=col_live, other=0)
@@ -149,14 +174,15 @@ def info_nce_ds_kernel(
                 if HAS_POSITIVE:
                     label, meets = labels_within(labels, rows, N, m0, n0, BLOCK_M, BLOCK_N, HAS_LABELS)
                     if meets:
-                        is_positive = label[:, None] == here_n[None, :]
-                        own = at_positive(row_state, N, rows, row_live, a, smoothing, HAS_SMOOTHING)
-                        tile_g = tl.where(is_positive, own[:, None], tile_g)
-                        if HAS_COLUMNS:
-                            own = at_positive(col_state, M, columns, col_live, b, smoothing, HAS_SMOOTHING)
-                            tile_g += tl.where(is_positive, own[None, :], 0.0)
+                        share = tl.load(row_grad + rows, mask=row_live, other=0.0) * inverse_unit
+                        own = at_positive(row_state, N, rows, row_live, share, smoothing, HAS_SMOOTHING)
+                        if HAS_COLUMNS:  # gathered by row: a thread has fewer rows than columns
+                            here = (label >= 0) & (label < BLOCK_N) & row_live
+                            share = tl.load(col_grad + n0 + label, mask=here, other=0.0) * inverse_unit
+                            own += at_positive(col_state, M, n0 + label, here, share, smoothing, HAS_SMOOTHING)
+                        _, tile_g = put_at_label(tile_g, label, own[:, None], BLOCK_M, BLOCK_N, WARP_GROUPS)
                 if (m0 + BLOCK_M > N) | (n0 + BLOCK_N > M):
-                    tile_g = tl.where((here_m < N - m0)[:, None] & (here_n < M - n0)[None, :], tile_g, 0.0)
+                    tile_g = put_beyond(tile_g, N - m0, M - n0, 0.0, BLOCK_M, BLOCK_N, WARP_GROUPS)
             if NORMALIZE:
                 row_norm = tl.load(image_norm + rows, mask=row_live, other=1.0)
                 col_norm = tl.load(text_norm + columns, mask=col_live, other=1.0)

@@ -7,7 +7,6 @@ Memory: macro-tiles of dS within WORKSPACE bytes, and one fp32 accumulator of th
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -23,26 +22,27 @@ _SMALLEST_MACRO = 2048  # below it a macro-tile is the whole problem
 
 @lru_cache(maxsize=256)
 def macro_tiles(
-    n: int, m: int, d: int, size: int, accumulator: int, whole: int, dual: Tiles, sms: int
+    n: int, m: int, d: int, size: int, accumulator: int, whole: int, ds: Tiles, dual: Tiles, sms: int
 ) -> tuple[int, int]:
     """Rows and columns of a macro-tile, and how many of them dS is computed for in one launch: what fits in the
     workspace and leaves the fewest multiprocessors idle.
 
-    Counted in steps of the products' depth on the busiest multiprocessor: dS takes D / 2 of them a tile, the products
-    their depth; 53 and 51 more go to what surrounds a tile. At D = 768 a fixed 4096 left them idle 27% of the time, and
-    2816 one by one 8% of dS's.
+    Counted in steps of the products' depth on the busiest multiprocessor: a tile of dS takes D of them by its share of
+    theirs, the products their depth; 53 and 51 more go to what surrounds a tile. At D = 768 a fixed 4096 left them idle
+    27% of the time, and 2816 one by one 8% of dS's.
     """
     best = (float("inf"), whole, 1)
+    depth = d * ds.BLOCK_M * ds.BLOCK_N / (dual.BLOCK_M * dual.BLOCK_N)
     for side in range(min(_SMALLEST_MACRO, triton.cdiv(max(n, m), whole) * whole), WORKSPACE, whole):
         if side > _SMALLEST_MACRO and side * (side * size + d * accumulator) > WORKSPACE:
             break
-        blocks = side // whole
+        blocks = (side // ds.BLOCK_M) * (side // ds.BLOCK_N)
         items = 2 * side // dual.BLOCK_M * triton.cdiv(d, dual.BLOCK_N)
         for count in range(1, triton.cdiv(m, side) + 1):
             if count > 1 and side * (count * side * size + d * accumulator) > WORKSPACE:
                 break
-            tiles = triton.cdiv(count * blocks * blocks, sms) / count
-            steps = tiles * (d // 2 + 53) + triton.cdiv(items, sms) * (side + 51)
+            tiles = triton.cdiv(count * blocks, sms) / count
+            steps = tiles * (depth + 53) + triton.cdiv(items, sms) * (side + 51)
             best = min(best, (triton.cdiv(n, side) * triton.cdiv(m, side) * steps, side, count))
         if side >= max(n, m):
             break
@@ -55,7 +55,7 @@ def info_nce_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of the towers that are wanted, in the towers' dtype."""
     n, d = call.image.shape
-    ds, dual, norms = call.ds_tiles(), call.config.dual, call.norms()
+    ds, dual, norms = call.ds_tiles(), call.config.dual, call.norms(known=True)
     grads = [row_grad, *([] if col_grad is None else [col_grad])]
     unit = torch.stack([g.abs().nan_to_num(0.0, 0.0).amax() for g in grads]).amax()
     unit = torch.where(unit > 0, unit, torch.ones_like(unit))
@@ -73,10 +73,13 @@ def info_nce_bwd(
 
     whole = max(ds.BLOCK_M, ds.BLOCK_N, dual.BLOCK_M)
     widest = max(columns.shape[0] for columns, _ in call.sides())
-    side, count = macro_tiles(n, widest, d, call.image.element_size(), 0 if direct else 4, whole, dual, call.sms)
+    side, count = macro_tiles(n, widest, d, call.image.element_size(), 0 if direct else 4, whole, ds, dual, call.sms)
     tall, wide = (min(most, triton.cdiv(size, whole) * whole) for most, size in ((side, n), (count * side, widest)))
     g = call.new(tall, wide, dtype=call.image.dtype)
     block = None if direct or not need_image else call.new(tall, acc_stride)
+    weights = {} if call.sigmoid else _weights(row, row_grad, unit, ds.BLOCK_M, whole, "row")
+    if col_grad is not None:
+        weights |= _weights(col, col_grad, unit, ds.BLOCK_N, whole, "col")
 
     def gradient(acc: Tensor, x: Tensor, out: Tensor, norm: Tensor) -> None:
         backward.info_nce_gradient_kernel[(triton.cdiv(len(x), 32),)](
@@ -94,8 +97,8 @@ def info_nce_bwd(
                 left = triton.cdiv(columns.shape[0] - column0, whole) * whole
                 at = column0 % (count * side)
                 if at == 0:
-                    _fill(call, columns, is_text, norms, row, col, row_grad, col_grad, unit, norm_unit, g, row0,
-                          column0, h, min(wide, left))  # fmt: skip
+                    _fill(call, columns, is_text, norms, row, col, row_grad, col_grad, weights, unit, norm_unit, g,
+                          row0, column0, h, min(wide, left))  # fmt: skip
                 w = min(side, left)
                 image_items = 0 if d_image is None else h // dual.BLOCK_M * num_d
                 text_items = 0 if out is None else w // dual.BLOCK_M * num_d
@@ -120,19 +123,32 @@ def info_nce_bwd(
     return d_image, outputs[0], outputs[1] if len(outputs) > 1 else None
 
 
+def _weights(state: Tensor, grad: Tensor, unit: Tensor, block: int, whole: int, side: str) -> dict[str, Tensor]:
+    """What a tile of dS takes of its rows ('row') or columns ('col'): 4 bytes each and 12 a block, to whole steps."""
+    n = state.shape[1]
+    blocks = triton.cdiv(n, whole) * (whole // block)
+    weight, span = unit.new_empty(blocks * block), unit.new_empty(blocks, 3)
+    backward.info_nce_weights_kernel[(blocks,)](state, grad, unit, weight, span, n, BLOCK=block, num_warps=1)
+    return {f"{side}_weight": weight, f"{side}_span": span}
+
+
 def _fill(
     call: Call, columns: Tensor, is_text: bool, norms: dict[int, Tensor], row: Tensor, col: Tensor, row_grad: Tensor,
-    col_grad: Tensor | None, unit: Tensor, norm_unit: Tensor, g: Tensor, row0: int, column0: int, h: int, w: int,
+    col_grad: Tensor | None, weights: dict[str, Tensor], unit: Tensor, norm_unit: Tensor, g: Tensor, row0: int,
+    column0: int, h: int, w: int,
 ) -> None:  # fmt: skip
     """dS of h x w into the workspace: the tiles that one exponential serves, then the others (normally none)."""
-    ds = call.ds_tiles()
+    span = call.ds_tiles()
+    unused = dict.fromkeys(("row_weight", "row_span", "col_weight", "col_span"), unit)
     for separate in (False,) if call.sigmoid else (False, True):
-        backward.info_nce_ds_kernel[call.grid(h // ds.BLOCK_M * (w // ds.BLOCK_N))](
+        tiles = call.separate_tiles() if separate else span
+        num_m, num_n = h // tiles.BLOCK_M, w // tiles.BLOCK_N
+        backward.info_nce_ds_kernel[call.grid(num_m * num_n)](
             **call.towers(columns, norms), **call.selectors(), **call.flags(is_text), bias=call.bias, row_state=row,
-            col_state=col, row_grad=row_grad, col_grad=row_grad if col_grad is None else col_grad, unit=unit,
-            norm_unit=norm_unit, g=g, row0=row0, column0=column0, num_m=h // ds.BLOCK_M, num_n=w // ds.BLOCK_N,
-            g_stride=g.shape[1], smoothing=call.label_smoothing, GROUP=call.config.group,
-            HAS_COLUMNS=call.columns and is_text, HAS_SMOOTHING=call.label_smoothing > 0, SIGMOID=call.sigmoid,
-            SEPARATE=separate, WIDE=call.image.dtype == torch.float32,
-            **call.product(replace(ds, num_warps=call.separate_warps()) if separate else ds),
+            col_state=col, row_grad=row_grad, col_grad=row_grad if col_grad is None else col_grad, **unused | weights,
+            unit=unit, norm_unit=norm_unit, g=g, row0=row0, column0=column0, num_m=num_m, num_n=num_n,
+            g_stride=g.shape[1], smoothing=call.label_smoothing, GROUP=call.config.group, SPAN_M=span.BLOCK_M,
+            SPAN_N=span.BLOCK_N, HAS_COLUMNS=call.columns and is_text, HAS_SMOOTHING=call.label_smoothing > 0,
+            SIGMOID=call.sigmoid, SEPARATE=separate, WIDE=call.image.dtype == torch.float32,
+            WARP_GROUPS=call.warp_groups(tiles), **call.product(tiles),
         )  # fmt: skip

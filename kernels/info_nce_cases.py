@@ -165,6 +165,8 @@ def work(launch: Launch, arithmetic: str) -> Work:
         return Work(f"parts={a['parts']} n={a['n']}", 0.0, 12.0 * (a["parts"] + 1) * a["n"], 0.0, programs, a["parts"])
     if kernel == "info_nce_finish_kernel":
         return Work(f"n={a['n']}", 0.0, 32.0 * a["n"], 0.0, programs)
+    if kernel == "info_nce_weights_kernel":
+        return Work(f"n={a['n']}", 0.0, 16.0 * a["n"], 0.0, programs)
     size = a["x"].element_size()
     moved = a["n"] * a["D"] * (size if kernel == "info_nce_norm_kernel" else 4 + size)
     return Work(f"n={a['n']} D={a['D']}", 0.0, moved, 0.0, programs, -(-a["D"] // c["BLOCK_D"]))

@@ -31,12 +31,12 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Config:
-    """Tiles of the forward (redone tiles included), of dS and of the two products.
+    """Tiles of the forward, of dS and of the two products.
 
-    `narrow` replaces the first two where options (statistics, smoothing, labels with norms) keep more values beside the
-    accumulator, with `sigmoid_narrow` the forward of the sigmoid, with `normalize_narrow` dS of normalised towers, with
-    `labels_narrow` that of labels. `labels_separate_warps`: of the tiles of dS that need two exponentials, with labels.
-    `redo_warps`: of redone tiles, and of those with ids or norms. `sigmoid_warps`: of the sigmoid's narrow forward, if
+    `narrow` replaces the first two where options (statistics, smoothing) keep more values beside the accumulator, with
+    `sigmoid_narrow` the forward of the sigmoid, `ds_crowded` the second with labels, ids or norms. `separate`: of the
+    tiles of dS that need two exponentials, within those of dS; by default the same with eight warps.
+    `redo`: of the tiles of the forward that need two exponentials. `sigmoid_warps`: of the sigmoid's narrow forward, if
     others than `narrow` says.
     """
 
@@ -47,11 +47,12 @@ class Config:
     tma: bool
     group: int = 8
     sigmoid_narrow: bool = False
-    normalize_narrow: bool = False
-    labels_separate_warps: int = 8
-    labels_narrow: bool = False
-    redo_warps: tuple[int, int] = (8, 8)
+    forward_crowded: Tiles | None = None
+    ds_crowded: Tiles | None = None
+    redo: Tiles | None = None
+    separate: Tiles | None = None
     sigmoid_warps: int = 0
+    tensor_memory: bool = False
 
 
 _HOPPER_16 = Config(
@@ -68,36 +69,42 @@ _HOPPER_16 = Config(
     narrow=Tiles(128, 64, 64, 8, 3),
     tma=True,
 )
-# fp16 needs more registers than bf16: with labels dS spills 12, with ids or norms redone tiles 55 to 73 in eight warps;
-# without either those spill 6 in sixteen.
-_HOPPER_FP16 = replace(_HOPPER_16, labels_narrow=True, redo_warps=(8, 16))
+# fp16 needs more registers than bf16: redone tiles spill 6 to 73 at 128 x 128, the forward with ids 32 with four warps.
+_HOPPER_FP16 = replace(
+    _HOPPER_16, forward_crowded=Tiles(128, 128, 64, 8, 3), redo=Tiles(128, 64, 64, 8, 3)
+)
 # Other compilers than Triton 3.8 need more registers: with four warps 3.6 spills 2 (forward) and 53 (dS), 3.9 6 in the
 # forward; 5 in the sigmoid's forward with eight.
 _HOPPER_16_EIGHT_WARPS = replace(
     _HOPPER_16, forward=Tiles(128, 128, 64, 8, 3), ds=Tiles(128, 128, 64, 8, 3), sigmoid_narrow=True
 )
-# Accumulators live in tensor memory and come to registers a row a thread: column sums then cost five shuffles a value,
-# and at 128 x 128 what stands beside them spills 2 (forward), 97 (dS) and, 256 wide, 10 registers (products).
+# Accumulators live in tensor memory and come to registers a row a thread: column sums of one tile cost five shuffles a
+# value, kept over a strip one addition (2.7 times the modelled rate). What limits it then is L2's way into an SM: 64
+# bytes a cycle feed 54% of the tensor cores at 128 x 128, 71% at 256 x 128. The forward's sums need all registers there
+# is at 128 x 128, and dS's take 35 too many with labels, ids or norms at 256 x 128.
 _BLACKWELL_16 = Config(
-    forward=Tiles(128, 64, 64, 8, 4),
-    ds=Tiles(128, 64, 64, 8, 4),
-    dual=Tiles(128, 128, 64, 8, 4),
+    forward=Tiles(128, 128, 64, 8, 4, kept=4),
+    forward_crowded=Tiles(128, 64, 64, 8, 4, kept=4),
+    redo=Tiles(128, 32, 64, 8, 4),
+    ds=Tiles(256, 128, 64, 8, 4),
+    ds_crowded=Tiles(128, 128, 64, 8, 4),
+    separate=Tiles(128, 64, 64, 8, 4),
+    dual=Tiles(256, 128, 64, 8, 4),
     narrow=Tiles(128, 32, 64, 8, 4),
     tma=True,
-    normalize_narrow=True,  # the tiles with two exponentials spill 7
+    tensor_memory=True,
 )
 _AMPERE_16 = Config(
-    forward=Tiles(128, 128, 32, 8, 4),
+    forward=Tiles(128, 128, 32, 8, 4, kept=2),
     # With four warps the forward spills 18 registers, dS of the sigmoid variant 90.
     ds=Tiles(128, 128, 32, 8, 4),
     dual=Tiles(128, 128, 32, 8, 4),
     narrow=Tiles(128, 64, 32, 8, 4),
     tma=False,
-    labels_separate_warps=16,  # with eight 1 spills, and with sixteen and norms
 )
 # Rows that are not whole 16 bytes, on any chip: the masks of such loads take the registers of half a tile (at
 # 128 x 128 the products spill 1 to 7).
-_RAGGED_16 = replace(_AMPERE_16, dual=Tiles(128, 64, 32, 8, 4))
+_RAGGED_16 = replace(_AMPERE_16, forward=Tiles(128, 128, 32, 8, 4), dual=Tiles(128, 64, 32, 8, 4))
 _RAGGED_FP16 = replace(_RAGGED_16, ds=Tiles(128, 64, 32, 8, 4))  # on sm_90 1 and 7 spill at 128 x 128
 _RAGGED_BLACKWELL_16 = replace(
     _RAGGED_16, forward=Tiles(128, 32, 32, 8, 4), ds=Tiles(128, 32, 32, 8, 4), narrow=Tiles(128, 32, 32, 8, 4)
@@ -130,12 +137,14 @@ _TF32_BLACKWELL = Config(
     dual=Tiles(128, 64, 32, 8, 3),
     narrow=Tiles(128, 32, 32, 8, 3),
     tma=False,
-    redo_warps=(4, 8),  # with eight labels spill 2, as the sigmoid with ids
-    sigmoid_warps=4,
+    redo=Tiles(128, 32, 32, 8, 3),
+    sigmoid_warps=4,  # with eight ids spill 2
 )
-_RAGGED_TF32_BLACKWELL = replace(_TF32_BLACKWELL, redo_warps=(8, 8))  # with four 89 spill
-_IEEE_BLACKWELL = replace(_IEEE, narrow=Tiles(64, 32, 16, 8, 2))  # with four warps the sigmoid spills 1
-_RAGGED_IEEE_BLACKWELL = replace(_IEEE_BLACKWELL, ds=Tiles(64, 64, 16, 8, 2))
+# With four warps the sigmoid spills 1, as do ids at 64 x 64.
+_IEEE_BLACKWELL = replace(_IEEE, narrow=Tiles(64, 32, 16, 8, 2), forward_crowded=Tiles(64, 32, 16, 8, 2))
+_RAGGED_IEEE_BLACKWELL = replace(
+    _IEEE_BLACKWELL, ds=Tiles(64, 64, 16, 8, 2), separate=Tiles(64, 32, 16, 8, 2)
+)
 
 
 def choose(capability: tuple[int, int], dtype: torch.dtype, precision: str, aligned: bool) -> Config:
@@ -147,7 +156,7 @@ def choose(capability: tuple[int, int], dtype: torch.dtype, precision: str, alig
     if dtype == torch.float32 and precision == "tf32":
         # At 128 x 128 3.9 spills 19 on sm_90.
         if blackwell:
-            return _TF32_BLACKWELL if aligned else _RAGGED_TF32_BLACKWELL
+            return _TF32_BLACKWELL
         return _TF32 if aligned and (known or not hopper) else _RAGGED_TF32
     if dtype == torch.float32:
         if hopper and not known:

@@ -38,6 +38,7 @@ class Call:
         labels, image_ids, text_ids: int32 or None.
         programs: how many programs a persistent kernel starts at most. sms: multiprocessors, for the macro-tiles.
         precision: of fp32 products, 'ieee' or 'tf32'.
+        kept: fp32, where the norms of all rows stay from the forward to the backward pass; None: each computes them.
     """
 
     image: Tensor
@@ -56,6 +57,7 @@ class Call:
     programs: int
     sms: int
     precision: str
+    kept: Tensor | None = None
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.image.device)
@@ -97,40 +99,52 @@ class Call:
         }  # fmt: skip
 
     def forward_tiles(self, extras: bool) -> Tiles:
-        tiles = self.config.forward
+        config, many = self.config, self.normalize or self.image_ids is not None
         if not self.sigmoid:
-            return self.config.narrow if extras else tiles
-        crowded = extras or self.normalize or self.image_ids is not None or self.image.dtype == torch.float32
-        plain = not (crowded or self.config.sigmoid_narrow)
-        if plain:
-            return replace(tiles, num_warps=8)
-        return replace(self.config.narrow, num_warps=self.config.sigmoid_warps or self.config.narrow.num_warps)
+            crowded = config.forward_crowded if many else None
+            return config.narrow if extras else crowded or config.forward
+        if extras or many or self.image.dtype == torch.float32 or config.sigmoid_narrow:
+            return replace(config.narrow, num_warps=config.sigmoid_warps or config.narrow.num_warps)
+        return replace(config.forward_crowded or config.forward, num_warps=8)
 
     def ds_tiles(self) -> Tiles:
-        # What these keep beside the accumulator spills at the usual tile.
-        crowded = self.label_smoothing > 0 or (self.labels is not None and self.config.labels_narrow)
-        if self.normalize:
-            crowded |= self.labels is not None or self.config.normalize_narrow
-        if self.sigmoid:
-            crowded |= self.image_ids is not None
-        return self.config.narrow if crowded else self.config.ds
+        if self.label_smoothing > 0 and self.image.dtype != torch.float32:
+            return self.config.narrow  # what smoothing keeps beside the accumulator spills at the usual tile
+        crowded = self.normalize or self.labels is not None or self.image_ids is not None
+        return self.config.ds_crowded if crowded and self.config.ds_crowded else self.config.ds
 
-    def separate_warps(self) -> int:
-        return self.config.labels_separate_warps if self.labels is not None and not self.normalize else 8
+    def separate_tiles(self) -> Tiles:
+        """Of dS's tiles that need two exponentials."""
+        span, own = self.ds_tiles(), self.config.separate
+        if own is not None and own.BLOCK_M <= span.BLOCK_M and own.BLOCK_N <= span.BLOCK_N:
+            return own
+        return replace(span, num_warps=8)
 
-    def redo_warps(self) -> int:
-        return self.config.redo_warps[self.normalize or self.image_ids is not None]
+    def redo_tiles(self, tiles: Tiles) -> Tiles:
+        """Of the forward's tiles that need two exponentials."""
+        if self.config.redo is not None and self.config.redo.BLOCK_N <= tiles.BLOCK_N:
+            return self.config.redo
+        return replace(tiles, num_warps=8)
+
+    def warp_groups(self, tiles: Tiles) -> int:
+        """Runs of columns of a tile that different warps hold: four warps hold the rows of tensor memory."""
+        return tiles.num_warps // 4 if self.config.tensor_memory else 1
 
     def grid(self, items: int) -> tuple[int]:
         return (max(1, min(items, self.programs)),)
 
-    def norms(self) -> dict[int, Tensor]:
-        """Row norms of each tower, computed once."""
+    def norms(self, known: bool = False) -> dict[int, Tensor]:
+        """Row norms of each tower; `known`: those that the forward pass has left in `kept`."""
         found: dict[int, Tensor] = {}
+        at = 0
         for x in (self.image, self.text, self.extra) if self.normalize else ():
-            if x is not None and id(x) not in found:
-                n, d = x.shape
-                norm = found[id(x)] = self.new(n)
+            if x is None:
+                continue
+            n, d = x.shape
+            norm = self.new(n) if self.kept is None else self.kept[at : at + n]
+            at += triton.cdiv(n, 4) * 4  # builds take pointers of whole 16 bytes
+            found[id(x)] = norm
+            if self.kept is None or not known:
                 forward.info_nce_norm_kernel[(triton.cdiv(n, 32),)](
                     x, norm, n, d, x.stride(0), BLOCK_M=32, BLOCK_D=min(128, triton.next_power_of_2(d))
                 )
@@ -234,9 +248,13 @@ def _band(
             forward.info_nce_fwd_kernel[grid](
                 **common, **side, positive=positive, row_extra=row_more, col_extra=col_more, GROUP=group,
                 HAS_EXTRAS=extras, WIDE=call.image.dtype == torch.float32, PIECES=tiles.pieces,
-                KEPT=tiles.kept, **product,
+                KEPT=tiles.kept, LANES=32 if call.config.tensor_memory else 8, WARP_GROUPS=call.warp_groups(tiles),
+                **product,
             )  # fmt: skip
-            forward.info_nce_redo_kernel[grid](**common, **side, **product | {"num_warps": call.redo_warps()})
+            redone = call.redo_tiles(tiles)
+            forward.info_nce_redo_kernel[grid](
+                **common, **side, SPAN_N=tiles.BLOCK_N, WARP_GROUPS=call.warp_groups(redone), **call.product(redone),
+            )  # fmt: skip
         first += num_n
 
     def merge(part: Tensor, more: Tensor, state: Tensor, extra: Tensor, at: int, n: int) -> None:

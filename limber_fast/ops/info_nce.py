@@ -15,6 +15,7 @@ from limber_fast.ops.info_nce_op import (
     LSE_REMAINDER,
     InfoNceRequest,
     InfoNceState,
+    kept_bytes,
     state_fields,
 )
 
@@ -102,7 +103,7 @@ def info_nce(
         cache_mb: MiB of tiles that the forward pass may keep for the backward pass (6 N M D flop instead of 8 where
             all fit; on the CPU 10 instead of 8 for 16-bit images of more than 64 Mi values beside more text rows than
             96 MiB of panels hold); 0 turns it off, inf keeps all. Nothing is kept where no tower needs a gradient, nor
-            by the Triton kernels. The last bits of the loss may depend on it.
+            by the Triton kernels, but the norms with `normalize`. The last bits of the loss may depend on it.
         backend: 'auto', 'cpu', 'cuda', 'triton' or 'eager'; see `limber_fast.use_backend`.
         group: a torch.distributed process group, such as torch.distributed.group.WORLD: image and text are this rank's
             rows (any number of them) and the loss is that of the rows of all ranks. See below.
@@ -170,14 +171,13 @@ def info_nce(
                                          cache_bytes, dispatch.preferred(backend))  # fmt: skip
         loss, *state = info_nce_group.info_nce_group(image, text, logit_scale, logit_bias, ids, weights, group, options)
     else:
-        # Every backend fits one value per pair, padded to its tiles, in this; the budget bounds it at any size.
         candidates = m + (0 if extra_negatives is None else extra_negatives.shape[0])
         image_ids, text_ids = (None, None) if ids is None else _int32(*ids)
         loss, *state, _ = registration.call(
             torch.ops.limber_fast.info_nce_fwd.default,
             image, text, logit_scale, logit_bias, extra_negatives, labels, image_ids, text_ids, weights,
             float(label_smoothing), normalize, variant, symmetric, reduction, return_stats,
-            min(cache_bytes, (n + 64) * (candidates + 1024) * 4), dispatch.preferred(backend),
+            kept_bytes(image, candidates, normalize, cache_bytes), dispatch.preferred(backend),
         )  # fmt: skip
     if not return_stats:
         return loss

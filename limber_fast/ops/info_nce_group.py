@@ -35,6 +35,7 @@ from limber_fast.ops.info_nce_op import (
     _direction_gradients,
     _reduce,
     _sum,
+    kept_bytes,
     state_fields,
 )
 
@@ -109,7 +110,7 @@ class _GroupInfoNce(torch.autograd.Function):
 
         needs = ctx.needs_input_grad[:2]
         budget = options.cache_bytes // 2 if softmax and all(needs) else options.cache_bytes
-        fits = (n + 64) * (total + 1024) * 4  # one value per pair, padded to the tiles of any backend
+        cache = kept_bytes(image, total, options.normalize, budget)
 
         def states(side: int, own: Tensor) -> InfoNceState:
             own_ids, other_ids = _slab_ids(all_ids, side, ctx.own)
@@ -117,7 +118,7 @@ class _GroupInfoNce(torch.autograd.Function):
             return module.info_nce_fwd(
                 own, both[:, 1 - side], None, logit_scale, logit_bias, labels, own_ids, other_ids,
                 label_smoothing=options.label_smoothing, normalize=options.normalize, variant=options.variant,
-                symmetric=False, with_stats=options.with_stats, cache_bytes=min(budget, fits) if needs[side] else 0,
+                symmetric=False, with_stats=options.with_stats, cache_bytes=cache if needs[side] else 0,
             )  # fmt: skip
 
         row = states(0, image)

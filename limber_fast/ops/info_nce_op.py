@@ -51,6 +51,15 @@ def state_fields(label_smoothing: float) -> int:
     return 6 if label_smoothing > 0 else 4
 
 
+def kept_bytes(image: Tensor, candidates: int, normalize: bool, budget: int) -> int:
+    """Size of a state's cache: on the CPU a value per pair, padded to the tiles of any backend, within the budget;
+    kernels of other devices keep the norms of all rows alone, those of each tower from a multiple of 16 bytes on.
+    """
+    if image.device.type == "cpu":
+        return min(budget, (image.shape[0] + 64) * (candidates + 1024) * 4)
+    return min(budget, 4 * (image.shape[0] + candidates) + 48) if normalize else 0
+
+
 class InfoNceRequest(NamedTuple):
     """What a backend is told when it is asked whether it can run a call."""
 

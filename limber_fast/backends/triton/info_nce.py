@@ -19,7 +19,7 @@ def info_nce_supports(request: Any) -> str | None:
 def _call(
     image: Tensor, text: Tensor, extra: Tensor | None, logit_scale: Tensor, logit_bias: Tensor | None,
     labels: Tensor | None, image_ids: Tensor | None, text_ids: Tensor | None, label_smoothing: float, normalize: bool,
-    variant: str, columns: bool,
+    variant: str, columns: bool, cache: Tensor,
 ) -> Any:  # fmt: skip
     from limber_fast.kernels import info_nce_configs, info_nce_launch
 
@@ -28,12 +28,14 @@ def _call(
     aligned = info_nce_launch.tma_can_read(image, text, extra)
     config = info_nce_configs.choose(capability, image.dtype, precision, aligned)
     device.prepare(config.tma)
+    rows = sum(-(-len(x) // 4) * 4 for x in (image, text, extra) if x is not None)
+    kept = cache[: 4 * rows].view(torch.float32) if normalize and cache.numel() >= 4 * rows else None
     call = info_nce_launch.Call(
         image=image, text=text, extra=extra, scale=logit_scale,
         bias=torch.zeros_like(logit_scale) if logit_bias is None else logit_bias, labels=labels, image_ids=image_ids,
         text_ids=text_ids, label_smoothing=label_smoothing, normalize=normalize, sigmoid=variant == "sigmoid",
         columns=columns, config=config, programs=programs,
-        sms=max(1, programs // device.PROGRAMS_PER_SM), precision=precision,
+        sms=max(1, programs // device.PROGRAMS_PER_SM), precision=precision, kept=kept,
     )  # fmt: skip
     return _tuned(call) if tuning.asked() and device.may_time(image.device) else call
 
@@ -80,11 +82,12 @@ def info_nce_fwd(
 ) -> InfoNceState:  # fmt: skip
     from limber_fast.kernels import info_nce_launch
 
+    # Norms are all that is kept from the forward; without any the shape that was promised, on one byte.
+    cache = torch.empty(cache_bytes if normalize else 1, dtype=torch.uint8, device=image.device)
     call = _call(image, text, extra_negatives, logit_scale, logit_bias, labels, image_ids, text_ids, label_smoothing,
-                 normalize, variant, symmetric and variant == "softmax")  # fmt: skip
+                 normalize, variant, symmetric and variant == "softmax", cache)  # fmt: skip
     row, col, row_correct, col_correct = info_nce_launch.info_nce_fwd(call, with_stats)
-    # Nothing is kept from the forward: the shape that was promised, on one byte.
-    return InfoNceState(row, col, row_correct, col_correct, image.new_empty(1, dtype=torch.uint8).expand(cache_bytes))
+    return InfoNceState(row, col, row_correct, col_correct, cache if normalize else cache.expand(cache_bytes))
 
 
 @device.guarded
@@ -97,7 +100,7 @@ def info_nce_bwd(
     from limber_fast.kernels import info_nce_bwd_launch
 
     call = _call(image, text, extra_negatives, logit_scale, logit_bias, labels, image_ids, text_ids, label_smoothing,
-                 normalize, variant, col_grad is not None)  # fmt: skip
+                 normalize, variant, col_grad is not None, state.cache)  # fmt: skip
     return info_nce_bwd_launch.info_nce_bwd(
         call, state.row, state.col, row_grad, col_grad, need_image=need_image, need_text=need_text,
         need_extra=need_extra,
