@@ -1,7 +1,7 @@
 """frozen_cross_entropy at GPT-J's head, forward and backward, against bf16 logits and their cross entropy.
 
 'eager' computes the logits of all rows, as language models do; 'labelled' those of the labelled rows alone, as a
-careful engineer writes it.
+careful engineer writes it, 'compile' what torch.compile makes of these, and 'liger' theirs too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import cases
 import pytest
 import torch
-from comparison import Trial, Workload, available_bytes
+from comparison import Trial, Workload, add_peer, available_bytes, compiled
 from torch import Tensor
 
 from limber_fast import frozen_cross_entropy, quantize_int8
@@ -23,6 +23,14 @@ D = 4096
 # Of a bf16 gradient, and of one whose logits and their gradient are bf16 too.
 TOLERANCE, BASELINE_TOLERANCE = 1e-2, 4e-2
 SAMPLED = 8
+
+
+def _liger() -> Callable[..., Tensor]:
+    """Cross entropy of [rows, D], the weight, bias and labels, chunk by chunk."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss()
+    return lambda hidden, weight, bias, labels: loss(weight, hidden, labels, bias)
 
 
 @lru_cache(maxsize=1)
@@ -53,8 +61,13 @@ def prepare(workload: Workload) -> Trial:
 
         return run
 
-    baselines = {"labelled": step(lambda: cases.eager_cross_entropy(hidden[rows], made["bf16"], bias, labels[rows]))}
-    skipped = {}
+    def labelled_rows(loss: Callable[..., Tensor]) -> Callable[[], tuple[Tensor, Tensor | None]]:
+        return step(lambda: loss(hidden[rows], made["bf16"], bias, labels[rows]))
+
+    baselines, skipped = {"labelled": labelled_rows(cases.eager_cross_entropy)}, {}
+    if workload.group == "cuda":
+        baselines["compile"] = labelled_rows(compiled(cases.eager_cross_entropy))
+        add_peer("liger", lambda: labelled_rows(_liger()), baselines, skipped)
     needed, free = 12 * m * v, available_bytes(workload.device)  # bf16 and fp32 logits, fp32 log-softmax
     if free is not None and needed > free:
         skipped["eager"] = f"needs {needed >> 20} MiB of logits, {free >> 20} are free"

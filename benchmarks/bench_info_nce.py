@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from importlib.util import find_spec
 
 import cases
 import pytest
 import torch
 import torch.nn.functional as F
-from comparison import Trial, Workload, available_bytes, compiled
+from comparison import Trial, Workload, add_peer, available_bytes, compiled
 from torch import Tensor
 
 from limber_fast import info_nce, native
@@ -26,37 +25,46 @@ TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2}
 BASELINE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
 
 
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
 def eager(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     logits = (scale * image) @ text.T
     labels = torch.arange(len(image), device=image.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
-def peers(device: str, d: int, dtype: str) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    """The installed packages that compute the same loss; on CUDA also what torch.compile makes of the eager one."""
-    found = {"compile": compiled(eager)} if device == "cuda" and dtype == "bfloat16" else {}
-    if find_spec("open_clip"):
-        from open_clip.loss import ClipLoss
+def open_clip() -> Loss:
+    from open_clip.loss import ClipLoss
 
-        found["open_clip"] = ClipLoss()
-    if device == "cuda" and find_spec("inf_cl") and d % 256 == 0:
-        from inf_cl import cal_flash_loss
+    return ClipLoss()
 
-        def inf_cl(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-            return (cal_flash_loss(image, text, scale=scale) + cal_flash_loss(text, image, scale=scale)).mean() / 2
 
-        found["inf_cl"] = inf_cl
-    if device == "cuda" and find_spec("liger_kernel"):
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+def inf_cl() -> Loss:
+    from inf_cl import cal_flash_loss
 
-        cross_entropy = LigerFusedLinearCrossEntropyLoss()
+    def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        if image.shape[1] % 256:
+            raise ValueError(f"inf_cl takes multiples of 256 features; got {image.shape[1]}")
+        return (cal_flash_loss(image, text, scale=scale) + cal_flash_loss(text, image, scale=scale)).mean() / 2
 
-        def liger(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-            labels, scaled = torch.arange(len(image), device=image.device), scale * image
-            return (cross_entropy(text, scaled, labels) + cross_entropy(scaled, text, labels)) / 2
+    return loss
 
-        found["liger"] = liger
-    return found
+
+def liger() -> Loss:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    cross_entropy = LigerFusedLinearCrossEntropyLoss()
+
+    def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        labels, scaled = torch.arange(len(image), device=image.device), scale * image
+        return (cross_entropy(text, scaled, labels) + cross_entropy(scaled, text, labels)) / 2
+
+    return loss
+
+
+# The packages that compute the same loss; the last two on CUDA alone.
+PEERS = {"open_clip": open_clip, "inf_cl": inf_cl, "liger": liger}
 
 
 @lru_cache(maxsize=1)
@@ -135,19 +143,23 @@ def prepare(workload: Workload) -> Trial:
 
     baselines, skipped = {}, {}
 
-    def add(name: str, loss: Callable[..., Tensor], matrices: int, to: torch.dtype = image.dtype) -> None:
+    def fits(name: str, matrices: int, to: torch.dtype = image.dtype) -> bool:
         need, free = matrices * n * n * to.itemsize, available_bytes(device)
         if free is not None and need > 0.8 * free:
             skipped[name] = f"needs {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
-        else:
-            baselines[name] = gradients(loss, to)
+        return name not in skipped
 
-    add("eager", eager, EAGER_MATRICES)
+    if fits("eager", EAGER_MATRICES):
+        baselines["eager"] = gradients(eager)
     if workload.group in ("size", "cuda") and n <= LARGEST_OF_PEERS:
-        if dtype != "float32":
-            add("eager_fp32", eager, EAGER_MATRICES, torch.float32)
-        for name, loss in peers(device, d, dtype).items():
-            add(name, loss, 2 * EAGER_MATRICES)  # at most: a logits matrix of its own for each direction
+        if dtype != "float32" and fits("eager_fp32", EAGER_MATRICES, torch.float32):
+            baselines["eager_fp32"] = gradients(eager, torch.float32)
+        at_most = 2 * EAGER_MATRICES  # a logits matrix of its own for each direction
+        if workload.group == "cuda" and fits("compile", at_most):
+            baselines["compile"] = gradients(compiled(eager))
+        for name, make in PEERS.items():
+            if (name == "open_clip" or workload.group == "cuda") and fits(name, at_most):
+                add_peer(name, lambda make=make: gradients(make()), baselines, skipped)
     return Trial(
         ours=gradients(lambda *inputs: info_nce(*inputs, cache_mb=cache_mb)), baselines=baselines, errors=errors,
         tolerance=TOLERANCE[dtype], baseline_tolerance=BASELINE_TOLERANCE[dtype],

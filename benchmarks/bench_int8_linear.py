@@ -1,7 +1,8 @@
 """int8_linear at GPT-J's two shapes, prefill and decode, forward and backward, against bf16 and torch's int8 products.
 
 Up to 16 rows memory is the bound: calls go round several copies of the weight, as through the layers of a model, and
-no cache holds the next one.
+no cache holds the next one. On CUDA peers are what torch.compile makes of eager and of the int8 product ('compile',
+'compile_int8'), and bitsandbytes, which rounds the activations row by row whatever the row computes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import cases
 import pytest
 import torch
 import torch.nn.functional as F
-from comparison import Trial, Workload
+from comparison import Trial, Workload, add_peer, compiled
 from torch import Tensor
 
 from limber_fast import int8_linear, quantize_int8
@@ -26,6 +27,7 @@ MEMORY_BOUND, COLD_BYTES = 16, 560 << 20
 TOLERANCE = {"w8a16": 1e-2, "w8a8": 4e-2}
 BASELINE_TOLERANCE = 8e-2
 SAMPLED = 128
+LEAST_INT_MM = 16
 
 
 @lru_cache(maxsize=1)
@@ -35,6 +37,7 @@ def layers(n: int, k: int, copies: int, device: str) -> list[dict[str, Any]]:
     scale, made = 1 / (73 * k**0.5), []
     for _ in range(copies):
         q = torch.randint(-127, 128, (n, k), generator=generator, dtype=torch.int8).to(device)
+        q[:, 0] = 127  # a row's largest: quantised, it keeps its integers also where k is small
         weight = quantize_int8(q.bfloat16())
         weight.scales.fill_(scale)
         made.append({"q": q, "weight": weight, "bf16": q.bfloat16() * scale})
@@ -46,6 +49,26 @@ def _by_int_mm(x: Tensor, q: Tensor, scales: Tensor) -> Tensor:
     step = x.abs().amax(1, keepdim=True).float() / 127
     y = torch._int_mm((x / step).round().to(torch.int8), q.T)
     return (y * step * scales).to(x.dtype)
+
+
+def _by_widening(x: Tensor, q: Tensor, scales: Tensor) -> Tensor:
+    """The weight in the activations' dtype, for torch.compile to widen inside the product."""
+    return (x @ q.to(x.dtype).T * scales).to(x.dtype)
+
+
+def _bitsandbytes(layers: list[dict[str, Any]], x: Tensor) -> Callable[[int], Tensor]:
+    """LLM.int8() as Linear8bitLt calls it, over our own integers; no column counts as an outlier.
+
+    It computes in fp16. Given bf16 it casts the same, and writes a warning at every call.
+    """
+    import bitsandbytes
+
+    states = []
+    for layer in layers:
+        states.append(bitsandbytes.MatmulLtState())
+        states[-1].has_fp16_weights, states[-1].is_training = False, False
+        states[-1].CB, states[-1].SCB = layer["q"], 127 * layer["weight"].scales
+    return lambda i: bitsandbytes.matmul(x.half(), layers[i]["q"], state=states[i]).to(x.dtype)
 
 
 def _onednn(q: Tensor, scales: Tensor, x: Tensor) -> Callable[[Tensor], Tensor]:
@@ -109,6 +132,21 @@ def prepare(workload: Workload) -> Trial:
                 baselines["onednn"] = in_turn(lambda _, i: activated(peers[i](x)))
             except (AttributeError, RuntimeError, NotImplementedError) as error:
                 skipped["onednn"] = str(error).partition("\n")[0]
+        if workload.group == "cuda":
+            linear = compiled(lambda x, weight: activated(F.linear(x, weight)))
+            baselines["compile"] = in_turn(lambda layer, _: linear(x, layer["bf16"]))
+            product = _by_widening if compute == "w8a16" else _by_int_mm
+            if compute == "w8a8" and m <= LEAST_INT_MM:
+                skipped["compile_int8"] = f"torch._int_mm takes more than {LEAST_INT_MM} rows on CUDA"
+            else:
+                low = compiled(lambda x, q: activated(product(x, q, scales)))
+                baselines["compile_int8"] = in_turn(lambda layer, _: low(x, layer["q"]))
+
+            def bitsandbytes() -> Callable[[], tuple[int, Tensor]]:
+                matmul = _bitsandbytes(made, x)
+                return in_turn(lambda _, i: activated(matmul(i)))
+
+            add_peer("bitsandbytes", bitsandbytes, baselines, skipped)
 
     rows = torch.linspace(0, m - 1, min(m, 16)).long()
     columns = torch.linspace(0, (k if backward else n) - 1, SAMPLED).long()
@@ -147,7 +185,7 @@ WORKLOADS = [
     *(workload("backward", layer, m, options={"backward": 1}) for layer in SHAPES for m in (16, 256)),
     *(workload("isa", "fc_out", m, isa=isa, options=options) for m in (4, 16, 256) for isa in ("avx512", "avx2")
       for options in ({}, {"w8a8": 1})),
-    *(workload("cuda", "fc_in", m, device="cuda") for m in (1, 256)),
+    *(workload("cuda", "fc_in", m, device="cuda", options=options) for m in (1, 256) for options in ({}, {"w8a8": 1})),
 ]  # fmt: skip
 
 

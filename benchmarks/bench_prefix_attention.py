@@ -3,6 +3,7 @@
 Eager is what a careful engineer writes: rotary in complex numbers, new keys and values into a contiguous cache
 [B, H, S, D], scaled_dot_product_attention over it. Decode reads memory: calls go round several layers, and no cache
 holds the next one. Rows of group int8 keep keys and values in int8; '16_bits' is this op over the same in bf16.
+On CUDA peers are torch.compile of eager, flash-attn and xformers: `attention_peers.py`.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import count
 
+import attention_peers
 import cases
 import pytest
 import torch
 import torch.nn.functional as F
-from comparison import Trial, Workload
+from comparison import Trial, Workload, add_peer, compiled
 from torch import Tensor
 
 from limber_fast import prefix_attention, rotary_table
@@ -35,9 +37,9 @@ def _turned(x: Tensor, angles: Tensor) -> Tensor:
 
 def prepare(workload: Workload) -> Trial:
     b, prefix, cached, new = (workload.shape[letter] for letter in ("B", "P", "S", "T"))
-    dtype = getattr(torch, workload.dtype)
+    dtype, device = getattr(torch, workload.dtype), workload.device
     generator = torch.Generator().manual_seed(0)
-    q, k, v = torch.randn(3, b, new, H, D, generator=generator).to(dtype)
+    q, k, v = torch.randn(3, b, new, H, D, generator=generator).to(device, dtype)
     length, private = prefix + cached + new, cached + new
     token_bytes = 2 * H * D * dtype.itemsize
     full_bytes = b * length * token_bytes
@@ -46,26 +48,27 @@ def prepare(workload: Workload) -> Trial:
     def layers(bytes_of_one: int) -> int:
         return max(1, -(-COLD_BYTES // bytes_of_one)) if decode else 1
 
-    table = rotary_table(length, ROTARY)
+    table = rotary_table(length, ROTARY, device=device)
     angles = torch.view_as_complex(table.unflatten(1, (-1, 2)))[length - new :]
-    held = torch.randn(2, H, prefix + b * cached, D, generator=generator).to(dtype)  # K after rotary, and V
+    held = torch.randn(2, H, prefix + b * cached, D, generator=generator).to(device, dtype)  # K after rotary, and V
     pieces = held.split([prefix, *[cached] * b], 2)
 
     rows = [x.flatten(0, 1) for x in (q, k, v)]
 
     # Eager and our own path without sharing: every sequence its own copy.
-    caches = torch.empty(layers(full_bytes), 2, b, H, length, D, dtype=dtype)
+    caches = torch.empty(layers(full_bytes), 2, b, H, length, D, dtype=dtype, device=device)
     caches[..., :prefix, :] = pieces[0][:, None]
     caches[..., prefix : length - new, :] = torch.stack(pieces[1:], 1)
     mask = None
     if 1 < new < length:
-        mask = torch.arange(length) <= torch.arange(length - new, length)[:, None]
+        places = torch.arange(length, device=device)
+        mask = places <= places[length - new :, None]
 
     def paged(kind: torch.dtype) -> tuple[Callable[[], Tensor], int]:
         """Attention over one pool, filled through its own pages, and the bytes that a call reads of it."""
         number = PagePool.bytes_of_page(1, H, D, kind, 1)
         copies, size = layers((prefix + b * private) * number), page_size_of(kind)
-        pool = PagePool(copies, H, D, dtype=kind,
+        pool = PagePool(copies, H, D, dtype=kind, device=device,
                         budget_bytes=copies * (prefix + b * (private + 2 * size) + 2 * size) * number)  # fmt: skip
 
         def fill(sequence, tokens: int, piece: Tensor) -> None:
@@ -109,7 +112,7 @@ def prepare(workload: Workload) -> Trial:
     if in_int8:
         baselines["16_bits"], _ = paged(dtype)
     elif prefix and decode:
-        apart = PagePool(layers(full_bytes), H, D, dtype=dtype,
+        apart = PagePool(layers(full_bytes), H, D, dtype=dtype, device=device,
                          budget_bytes=layers(full_bytes) * b * (length + 8) * token_bytes)  # fmt: skip
         separate = [apart.sequence() for _ in range(b)]
         alone = apart.batch(separate, [length] * b)
@@ -127,6 +130,23 @@ def prepare(workload: Workload) -> Trial:
             return prefix_attention(*rows, layer, alone, rotary=table).view(b, new, H, D)
 
         baselines["unshared"] = unshared
+
+    skipped: dict[str, str] = {}
+    if workload.group == "cuda":
+        in_parts, compiled_turn = compiled(attention_peers.eager_in_parts), count()
+        baselines["compile"] = lambda: in_parts(
+            q, k, v, table[length - new :], *caches[next(compiled_turn) % len(caches)], mask
+        )
+        copies = layers((prefix + b * private) * token_bytes)
+
+        def cache() -> attention_peers.Pages:
+            return attention_peers.Pages(pieces[0], list(pieces[1:]), new, copies)
+
+        add_peer("flash_attn", lambda: attention_peers.flash_attn(q, k, v, cache(), ROTARY), baselines, skipped)
+        add_peer(
+            "xformers", lambda: attention_peers.xformers(q, k, v, cache(), lambda x: _turned(x, angles)),
+            baselines, skipped,
+        )  # fmt: skip
 
     some = sorted({0, new // 2, new - 1})
     wide_q, wide_k = (_turned(x.double(), angles.to(torch.complex128)) for x in (q, k))
@@ -148,7 +168,7 @@ def prepare(workload: Workload) -> Trial:
     return Trial(
         ours=ours, baselines=baselines, errors=errors, tolerance=3e-2 if in_int8 else TOLERANCE[workload.dtype],
         baseline_tolerance=2 * TOLERANCE[workload.dtype], flops=4.0 * H * D * visible,
-        bytes=ours_bytes + 4 * b * new * H * D * dtype.itemsize, bound="bytes" if decode else "flops",
+        bytes=ours_bytes + 4 * b * new * H * D * dtype.itemsize, bound="bytes" if decode else "flops", skipped=skipped,
     )  # fmt: skip
 
 
@@ -169,7 +189,7 @@ WORKLOADS = [
     *(workload("fp32", *shape, "float32") for shape in ((8, 0, 512, 1), (32, 800, 64, 1), (1, 0, 0, 512))),
     *(workload("int8", *shape) for shape in ((1, 0, 2000, 1), (8, 0, 512, 1), (32, 800, 64, 1), (1, 0, 0, 512))),
     *(workload("isa", *shape, isa=isa) for shape in ((32, 800, 64, 1), (1, 0, 0, 512)) for isa in ("avx512", "avx2")),
-    workload("cuda", 32, 800, 64, 1, device="cuda"),
+    *(workload("cuda", *shape, device="cuda") for shape in ((32, 800, 64, 1), (8, 0, 2000, 1))),
 ]  # fmt: skip
 
 

@@ -112,7 +112,7 @@ def prepare(workload: Workload) -> Trial:
         return found | {name: max(cases.errors(*pair)) for name, pair in pairs.items()}
 
     baselines = {"eager": run(eager)}
-    if workload.device == "cuda" and workload.dtype == "bfloat16":
+    if workload.group == "cuda":
         baselines["compile"] = run(compiled(eager))
     size = x["weight"].element_size()
     products = 1 + len({"weight", "features"} & set(trained)) + (norm and bool(trained))

@@ -17,6 +17,8 @@ from limber_fast.backends.triton import tuning
 
 SHORT_DTYPE = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 MAX_ROUNDS = 100
+# What packages raise for a dtype, shape or device that they do not take, or where a part of theirs is missing.
+_REFUSALS = (AttributeError, ImportError, OSError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,23 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """torch.compile for the shapes of one row: compiled afresh, as after some rows it would give up and run eagerly."""
     torch.compiler.reset()
     return torch.compile(function, dynamic=False)
+
+
+def add_peer(
+    name: str, make: Callable[[], Callable[[], Any]], baselines: dict[str, Callable[[], Any]], skipped: dict[str, str]
+) -> None:
+    """Puts the call that `make` returns, of a package that it imports, among `baselines`; into `skipped` the reason,
+    where the package is not installed or refuses the call. To know, it is made once: its cold time is of the second.
+    """
+    try:
+        call = make()
+        call()
+    except ModuleNotFoundError as missing:
+        skipped[name] = f"{missing.name} is not installed"
+    except _REFUSALS as refusal:
+        skipped[name] = " ".join(str(refusal).split()) or type(refusal).__name__
+    else:
+        baselines[name] = call
 
 
 def available_bytes(device: str) -> int | None:
