@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,14 @@ sys.path[:] = [str(_ROOT / "tests"), *(path for path in sys.path if Path(path or
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--trace-into", type=Path, help="folder for a torch.profiler trace of every row")
+    parser.addoption("--start-within", type=float, metavar="SECONDS", help="leave out rows that would start later")
+
+
+_STARTED = pytest.StashKey[float]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_STARTED] = time.monotonic()
     config.addinivalue_line("markers", "quick: part of `limber-fast bench --quick`")
 
 
@@ -46,6 +52,10 @@ def compare(
         properties = request.node.user_properties
         properties.append(("row", row))
         backend, isa = _choose(workload, monkeypatch)
+        within = request.config.getoption("start_within")
+        if within is not None and time.monotonic() - request.config.stash[_STARTED] > within:
+            row["out_of_time"] = True
+            pytest.skip(f"out of time: would have started after {within / 60:g} minutes")
         limits = request.getfixturevalue("ceilings")
         properties.append(("ceilings", limits.facts()))
         budget = float(request.config.getoption("benchmark_max_time"))

@@ -101,6 +101,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--output", type=Path, default=Path("limber_fast_bench"), metavar="DIR", help="default: %(default)s"
     )
     bench.add_argument("--quick", action="store_true", help="small shapes only")
+    bench.add_argument(
+        "--minutes", type=positive(float), help="start no row after so many; those left out are listed as skipped"
+    )
     bench.add_argument("--compare", type=Path, metavar="OLD.json", help="an earlier run to hold this one against")
     bench.add_argument(
         "--fail-over", type=_percent, metavar="10%", help="with --compare: exit 1 where a ratio fell by more than this"

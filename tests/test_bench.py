@@ -39,6 +39,19 @@ def wrong(image, text, scale, **options):
 limber_fast.info_nce = wrong
 sys.exit(cli.main(sys.argv[1:]))
 """
+# From the first call of the op on it is an hour later.
+HOUR_LATER = """
+import sys, time
+import limber_fast
+from limber_fast import cli
+right, clock, later = limber_fast.info_nce, time.monotonic, set()
+def called(*inputs, **options):
+    later.add(3600)
+    return right(*inputs, **options)
+limber_fast.info_nce = called
+time.monotonic = lambda: clock() + sum(later)
+sys.exit(cli.main(sys.argv[1:]))
+"""
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
@@ -191,6 +204,55 @@ def test_gate_fails_where_a_row_ran_before_and_does_not_now(small, tmp_path, mon
     assert f"{lost['id']}: " in (error := capsys.readouterr().err) and "skipped now: no kernel of our own" in error
 
 
+def test_gate_tells_rows_left_out_for_time_and_does_not_hold_them_against_the_run(
+    small, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "old.json").write_text(json.dumps(small.result))
+    now = copy.deepcopy(small.result["rows"])
+    ran = [row for row in now if row["status"] == "ok"]
+    for row in ran[1:]:
+        del row["eager_ratio"]
+        row |= {"status": "skipped", "reason": "out of time: would have started after 2 minutes", "out_of_time": True}
+    monkeypatch.setitem(small.result, "rows", now)
+    assert _gate(small, tmp_path, monkeypatch, "--minutes", "2") == 0
+    shown = capsys.readouterr()
+    left_out = ", ".join(sorted(row["id"] for row in ran[1:]))
+    assert shown.err == "" and f"not measured in this run: {left_out}" in shown.out
+    assert f"{len(ran) - 1} of {len(now)} rows were left out: out of time (--minutes 2)" in shown.out
+    del ran[0]["eager_ratio"]  # another reason: it is held against the run
+    assert _gate(small, tmp_path, monkeypatch, "--minutes", "2") == 1
+
+
+def test_rows_that_would_start_too_late_are_listed_as_left_out(small, tmp_path):
+    done = run(
+        "-m", "limber_fast", "bench", "--quick", "--threads", "1", "-k", SELECT, "--minutes", "1e-6", "--output",
+        str(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.endswith("limber-fast: --minutes 1e-06: no row could start in that time\n")
+    rows = {row["id"]: row for row in json.loads((tmp_path / "bench.json").read_text())["rows"]}
+    assert rows.keys() == {row["id"] for row in small.result["rows"]}
+    for row in rows.values():
+        assert row["status"] == "skipped" and "warm_s" not in row
+        if row["device"] == "cuda" and not torch.cuda.is_available():
+            assert row["reason"] == "no CUDA device"
+        else:
+            assert row["reason"] == "out of time: would have started after 1e-06 minutes"
+            assert row["reason"] in (tmp_path / "bench.html").read_text() and row["op"] == "info_nce"
+
+
+def test_a_row_that_started_in_time_is_measured_to_its_end(tmp_path):
+    done = run(
+        "-c", HOUR_LATER, "bench", "--quick", "--threads", "1", "-k", "width-N256-D64", "--minutes", "30", "--output",
+        str(tmp_path),
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    first, second = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert first["status"] == "ok" and first["eager_ratio"] > 0
+    assert (second["status"], second["reason"]) == ("skipped", "out of time: would have started after 30 minutes")
+    assert "1 of 2 rows were left out: out of time (--minutes 30)" in done.stdout
+
+
 def test_gate_fails_where_nothing_is_in_common(small, tmp_path, monkeypatch, capsys):
     (tmp_path / "old.json").write_text(json.dumps({**small.result, "rows": []}))
     assert _gate(small, tmp_path, monkeypatch) == 1
@@ -210,11 +272,11 @@ def test_selecting_nothing_is_an_error(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def _gate(small, folder: Path, monkeypatch) -> int:
+def _gate(small, folder: Path, monkeypatch, *more: str) -> int:
     """The command with the small run's rows in place of a new run."""
     recorder = SimpleNamespace(rows=small.result["rows"], ceilings=small.result["ceilings"], broken=[])
     monkeypatch.setattr(bench, "_run", lambda args, console: (0, recorder))
-    arguments = ["bench", "--output", str(folder), "--compare", str(folder / "old.json"), "--fail-over", "10%"]
+    arguments = ["bench", "--output", str(folder), "--compare", str(folder / "old.json"), "--fail-over", "10%", *more]
     return cli.main(arguments)
 
 

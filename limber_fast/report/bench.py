@@ -61,7 +61,8 @@ class Recorder:
 
 
 def main(args: argparse.Namespace, console: Console) -> int:
-    """Runs the benchmarks in `args.benchmarks`; 0, or 1 where a row failed or fell by more than `args.fail_over`."""
+    """Runs the benchmarks in `args.benchmarks`; 0, or 1 where a row failed or fell by more than `args.fail_over`, or
+    where `args.minutes` sufficed for none."""
     if importlib.util.find_spec("pytest_benchmark") is None:
         raise ModuleNotFoundError("no pytest-benchmark", name="pytest-benchmark")
     old = None
@@ -86,11 +87,17 @@ def main(args: argparse.Namespace, console: Console) -> int:
     console.table("Benchmarks", *bench_html.brief(result["rows"]))
     console.print(f"wrote {args.output / 'bench.html'} and bench.json", markup=False)
 
+    late = sum("out_of_time" in row for row in result["rows"])
+    if late:
+        console.print(f"{late} of {len(result['rows'])} rows were left out: out of time (--minutes {args.minutes:g})")
     failed = [row for row in result["rows"] if row["status"] == "failed"]
     for row in failed:
         console.error(f"{row['id']}: {row['reason']}")
+    nothing = late and not any(row["status"] == "ok" for row in result["rows"])
+    if nothing:
+        console.error(f"--minutes {args.minutes:g}: no row could start in that time")
     held = old is None or _hold_against(old, result, args.fail_over, console)
-    return FAILED if failed or not held else 0
+    return FAILED if failed or nothing or not held else 0
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -130,6 +137,7 @@ def _run(args: argparse.Namespace, console: Console) -> tuple[int, Recorder]:
     options += ["-m", "quick"] if args.quick else []
     options += ["-k", args.select] if args.select else []
     options += [f"--trace-into={args.output / 'traces'}"] if args.trace else []
+    options += [f"--start-within={60 * args.minutes}"] if args.minutes else []
     try:
         with _threads(args.threads), console.progress("benchmarks", total=1.0) as update:
             recorder = Recorder(update)
@@ -159,7 +167,7 @@ def _result(args: argparse.Namespace, recorder: Recorder) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "options": {"quick": args.quick, "select": args.select},
+        "options": {"quick": args.quick, "select": args.select, "minutes": args.minutes},
         "machine": {fact: machine[fact] for fact in facts},
         "threads": args.threads or torch.get_num_threads(),
         "ceilings": recorder.ceilings,
@@ -168,8 +176,8 @@ def _result(args: argparse.Namespace, recorder: Recorder) -> dict[str, Any]:
 
 
 def _hold_against(old: dict[str, Any], new: dict[str, Any], limit: float | None, console: Console) -> bool:
-    """Prints both runs' ratios; False where one fell by more than `limit` or a row that had one ran no more, or where
-    there is nothing to compare."""
+    """Prints both runs' ratios; False where one fell by more than `limit` or a row that had one ran no more, other than
+    for want of time, or where there is nothing to compare."""
     before, now = ratios(old), ratios(new)
     common = [row for row in before if row in now]
     console.table(
@@ -192,7 +200,7 @@ def _hold_against(old: dict[str, Any], new: dict[str, Any], limit: float | None,
     if not common:
         console.error("--compare: the runs have no row with a ratio to eager in common")
         return False
-    unmeasured = [row for row in new["rows"] if row["id"] in before and row["id"] not in now]
+    unmeasured = [row for row in new["rows"] if row["id"] in before.keys() - now.keys() and "out_of_time" not in row]
     for row in unmeasured:
         console.error(f"{row['id']}: {before[row['id']]:.2f}x of eager before, {row['status']} now: {row['reason']}")
     fallen = regressions(old, new, limit)
