@@ -113,9 +113,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("-k", dest="select", metavar="EXPR", help="run only benchmarks that match, as in pytest")
     bench.add_argument(
-        "--modelled", nargs="?", const="sm_90", choices=("sm_80", "sm_90", "sm_100", "gfx942"), metavar="TARGET",
-        help="run nothing: compile the GPU kernels for TARGET (default: %(const)s) and list their modelled lower "
-        "bounds; -k is then a part of a kernel's name",
+        "--modelled", nargs="?", const="auto", choices=("auto", "sm_80", "sm_90", "sm_100", "gfx942"), metavar="TARGET",
+        help="run nothing: compile the GPU kernels for TARGET (default: the CUDA device's chip, or sm_90) and list "
+        "their modelled lower bounds; -k is then a part of a kernel's name",
     )  # fmt: skip
 
     evaluate = commands.add_parser("evaluate", help="score captions, answers, or an image model, and write a page")

@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from limber_fast import files
 from limber_fast.console import Console
 from limber_fast.kernels import catalogue
@@ -41,11 +43,11 @@ class Entry:
 
 
 def main(args: argparse.Namespace, console: Console) -> int:
-    """Compiles and prices every case for `args.modelled`; 1 where one fails the gate."""
+    """Compiles and prices every case for `args.modelled`, 'auto' being `chip_here()`; 1 where one fails the gate."""
     if importlib.util.find_spec("triton") is None:
         console.error("--modelled compiles the Triton kernels: pip install triton (Linux)")
         return FAILED
-    target = args.modelled
+    target = chip_here() if args.modelled == "auto" else args.modelled
     chosen = select(target, args.select)
     passes = steps.select(target, args.select)
     if not chosen and not passes:
@@ -77,6 +79,14 @@ def main(args: argparse.Namespace, console: Console) -> int:
     for failure in failures:
         console.error(failure)
     return FAILED if failures else 0
+
+
+def chip_here() -> str:
+    """The listed chip with the current CUDA device's major compute capability; sm_90 without such a device."""
+    if torch.cuda.is_available() and torch.version.hip is None:
+        major, _ = torch.cuda.get_device_capability()
+        return next((name for name, chip in CHIPS.items() if chip.capability // 10 == major), "sm_90")
+    return "sm_90"
 
 
 def select(target: str, part: str | None) -> list[Entry]:

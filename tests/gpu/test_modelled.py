@@ -7,6 +7,7 @@ import json
 import math
 
 import pytest
+import torch
 
 from gpu import samples
 from limber_fast import cli
@@ -143,16 +144,16 @@ def test_report_names_its_sources_and_measures_nothing(listed, tmp_path, capsys)
 
 def test_part_of_a_name_selects(listed, tmp_path, capsys):
     listed((samples.matmul("product"), PRODUCT), (SUM, STREAM))
-    assert cli.main(["bench", "--modelled", "-k", "sum", "--output", str(tmp_path)]) == 0
+    assert cli.main(["bench", "--modelled", "sm_90", "-k", "sum", "--output", str(tmp_path)]) == 0
     assert [row["case"] for row in json.loads((tmp_path / "modelled-sm_90.json").read_text())["rows"]] == [SUM.name]
     capsys.readouterr()
-    assert cli.main(["bench", "--modelled", "-k", "nothing", "--output", str(tmp_path)]) == 1
+    assert cli.main(["bench", "--modelled", "sm_90", "-k", "nothing", "--output", str(tmp_path)]) == 1
     assert capsys.readouterr().err == "limber-fast: no kernel with 'nothing' in its name\n"
 
 
 def test_bad_build_fails_the_report(listed, tmp_path, capsys):
     listed((samples.narrow(), PRODUCT))
-    assert cli.main(["bench", "--modelled", "--output", str(tmp_path)]) == 1
+    assert cli.main(["bench", "--modelled", "sm_90", "--output", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith("limber-fast: narrow on sm_90: 32-bit offset")
 
 
@@ -162,6 +163,18 @@ def test_amd_is_listed_without_bounds(listed, tmp_path, capsys):
     assert "gfx942: compiled for information, no bounds" in capsys.readouterr().out
     (row,) = json.loads((tmp_path / "modelled-gfx942.json").read_text())["rows"]
     assert "modelled_floor_s" not in row and any(name.startswith("v_mfma") for name in row["tensor_core"])
+
+
+@pytest.mark.parametrize(
+    ("capability", "target"),
+    [(None, "sm_90"), ((8, 0), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90"), ((10, 3), "sm_100"), ((12, 0), "sm_90")],
+)
+def test_the_chip_of_the_device_is_priced(capability, target, listed, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    listed()
+    assert cli.main(["bench", "--modelled", "--output", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"limber-fast: no kernel for {target}\n"
 
 
 def test_comparing_what_is_not_measured_is_refused(capsys):
