@@ -136,6 +136,7 @@ PROMPTS = {
     "few-shot": ("itttitt", "tit", "tiit", "ttt"),
     "image last": ("tti", "ttti"),
     "images alone": ("ii", "ii"),
+    "one image": ("titt",),
 }
 IMAGE_TOKEN, VOCABULARY = 900, 61
 
@@ -188,6 +189,14 @@ def eager_project_concat(
     inputs_embeds = F.embedding(input_ids.masked_fill(is_image, 0), embedding).to(features.dtype)
     return inputs_embeds.masked_scatter(is_image[..., None], soft_prompts)
 
+
+# Encoders of LiMBeR in front of GPT-J: k, D, E, what else the op does, dtype.
+ENCODERS = {
+    "NF-ResNet50": ((1, 2048, 4096), "dropout", torch.float16),
+    "CLIP ViT-B/32": ((49, 512, 4096), "layer norm", torch.float16),
+    "CLIP RN50x16": ((144, 3072, 4096), "magma", torch.bfloat16),
+    "BEiT-Large": ((196, 1024, 4096), "dropout", torch.float32),
+}
 
 # M, N, K of int8 products: every ragged size in every place; one row, a few, whole tiles, and more than one block or
 # chunk of the reduction.

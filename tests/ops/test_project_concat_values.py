@@ -50,9 +50,9 @@ def _truth(kind: str, prompt: str, shape: tuple[int, int, int], dtype: torch.dty
     return true, _run(cases.eager_project_concat, values, input_ids, kind, mask=mask)
 
 
-def _check(engine: str, kind: str, prompt: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+def _check(engine: str, kind: str, prompt: str, shape: tuple[int, int, int], dtype: torch.dtype, truth=_truth) -> None:
     values, input_ids = _inputs(prompt, shape, dtype)
-    true, eager = _truth(kind, prompt, shape, dtype)
+    true, eager = truth(kind, prompt, shape, dtype)
     p = P if KINDS[kind][0] else 0.0
     found = _run(project_concat, values, input_ids, kind, dropout_p=p, seed=SEED, backend=engine)
     for name, of_eager in eager.items():
@@ -73,6 +73,12 @@ def test_shapes(engine, poisoned, kind, shape, dtype):
 @pytest.mark.parametrize("prompt", cases.PROMPTS)
 def test_prompts(engine, poisoned, prompt, dtype):
     _check(engine, "magma", prompt, (9, 96, 64), dtype)
+
+
+@pytest.mark.parametrize("shape, kind, dtype", cases.ENCODERS.values(), ids=cases.ENCODERS)
+def test_encoders_in_front_of_gptj(poisoned, shape, kind, dtype):
+    """On the instruction set of this machine; nothing is kept of results as large as these."""
+    _check("cpu", kind, "one image", shape, dtype, _truth.__wrapped__)
 
 
 @pytest.mark.parametrize("kind", ["plain", "magma"])
