@@ -314,17 +314,18 @@ struct Attention {
       for (int half = 0; half < 2; ++half) {
         const int t = rows[row(m, half)];
         if (t < 0) continue;
+        const int of_row = 16 * m < MANY ? parts : 0;  // a sequence with parts brings fewer rows
         const int64_t at = int64_t(t) * p.H + head;
         const float4* heads = reinterpret_cast<const float4*>(p.part_heads) + at * p.slots;
         const __half* from = static_cast<const __half*>(p.part_sums) + at * p.slots * D;
         float most = largest[m][half];
-        for (int i = 0; i < parts; ++i) most = fmaxf(most, heads[i].x);
+        for (int i = 0; i < of_row; ++i) most = fmaxf(most, heads[i].x);
         const float base = most == NONE ? 0.f : most, mine = ptx::exp2(scale2 * (largest[m][half] - base));
         float total = weights[m][half] * mine;
 #pragma unroll
         for (int i = 0; i < COLUMNS; ++i) sums[m][i][2 * half] *= mine, sums[m][i][2 * half + 1] *= mine;
 #pragma unroll 1
-        for (int part = 0; part < parts; ++part) {
+        for (int part = 0; part < of_row; ++part) {
           const float4 one = heads[part];
           const float share = ptx::exp2(scale2 * (one.x - base)), weight = share * one.z;
           total += share * one.y;
