@@ -36,10 +36,14 @@ _HOPPER = {"int8": Tiles(128, 128, 128, 8, 3), "16": Tiles(128, 128, 64, 8, 3), 
 _RAGGED = Config(Tiles(64, 128, 64, 8, 3), False)
 _RAGGED_AMPERE = Config(Tiles(64, 64, 32, 4, 3), False)  # 128 x 128 and 64 x 128 spill 55 to 117
 _AMPERE = {"int8": Tiles(128, 128, 64, 8, 3), "16": Tiles(128, 128, 32, 8, 4), "32": Tiles(64, 64, 32, 8, 3)}
+_ADA_INT8_OF_32 = Tiles(128, 64, 64, 8, 3)  # 128 columns spill 9 on sm_89
 
 
-def choose(capability: tuple[int, int], dtype: torch.dtype, tokens: int, aligned: bool) -> Config:
-    """The row for a chip, the dtype of activations as they are multiplied, their number, and whether TMA can read."""
+def choose(
+    capability: tuple[int, int], dtype: torch.dtype, tokens: int, aligned: bool, full: bool = False
+) -> Config:  # fmt: skip
+    """The row for a chip, the dtype of activations as they are multiplied, their number, whether TMA can read, and
+    whether int8 ones are those of fp32 rows."""
     kind = {torch.int8: "int8", torch.float32: "32"}.get(dtype, "16")
     hopper = capability[0] >= 9
     if tokens <= 16:
@@ -51,6 +55,8 @@ def choose(capability: tuple[int, int], dtype: torch.dtype, tokens: int, aligned
         # With the fp32 rows of W8A8 at hand 128 columns of int8 products spill 12 on sm_80.
         columns = tiles.BLOCK_N if hopper or kind != "int8" else 64
         tiles = Tiles(64, columns, tiles.BLOCK_K, 4, tiles.stages)
+    elif full and (8, 0) < capability < (9, 0) and kind == "int8":
+        tiles = _ADA_INT8_OF_32
     return Config(tiles, hopper and aligned)
 
 
@@ -120,7 +126,8 @@ def int8_linear_fwd(
     if w8a8:
         x, rounding, outliers = quantize(x, padded, threshold)
         depth = padded
-    config = choose(weight.capability, x.dtype, m, tma_can_read(x, weight.rows, out, residual))
+    config = choose(weight.capability, x.dtype, m, tma_can_read(x, weight.rows, out, residual),
+                    source.dtype == torch.float32)  # fmt: skip
     tiles = config.tiles
     num_m, num_n = triton.cdiv(m, tiles.BLOCK_M), triton.cdiv(n, tiles.BLOCK_N)
     blocks = triton.cdiv(depth, tiles.BLOCK_K)

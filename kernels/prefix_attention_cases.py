@@ -122,7 +122,7 @@ def _on_tensor_cores(target: str, launch: Launch, arithmetic: str) -> bool:
     """By the chip's own instructions: those of sm_90 and later take 64 rows, fewer are multiplied by sm_80's."""
     if launch.kernel.__name__ not in _ATTEND or arithmetic == "fp32":
         return False
-    return target == "sm_80" or launch.constants["BLOCK_M"] >= 64
+    return int(target[3:]) < 90 or launch.constants["BLOCK_M"] >= 64
 
 
 def work(launch: Launch, options: Options, arithmetic: str) -> Work:

@@ -113,7 +113,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("-k", dest="select", metavar="EXPR", help="run only benchmarks that match, as in pytest")
     bench.add_argument(
-        "--modelled", nargs="?", const="auto", choices=("auto", "sm_80", "sm_90", "sm_100", "gfx942"), metavar="TARGET",
+        "--modelled", nargs="?", const="auto", metavar="TARGET",
+        choices=("auto", "sm_80", "sm_89", "sm_90", "sm_100", "gfx942"),
         help="run nothing: compile the GPU kernels for TARGET (default: the CUDA device's chip, or sm_90) and list "
         "their modelled lower bounds; -k is then a part of a kernel's name",
     )  # fmt: skip

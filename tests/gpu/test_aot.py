@@ -15,9 +15,9 @@ from limber_fast.kernels.catalogue import TARGETS, Case
 from limber_fast.report.aot import compile_case, gate, rules, sass
 from limber_fast.report.aot.chips import CHIPS, occupancy
 
-FULL_RATE = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+FULL_RATE = {"sm_80": "HMMA", "sm_89": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 SMALL = {"num_warps": 4, "BLOCK_N": 64}
-BUILDS = {"sm_80": samples.matmul(**SMALL), "sm_90": samples.matmul(), "sm_100": samples.matmul()}
+BUILDS = {target: samples.matmul(**SMALL if target.startswith("sm_8") else {}) for target in TARGETS}
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -28,7 +28,7 @@ def test_good_build_passes(target):
     assert (build.stack, build.spill_loads, build.spill_stores) == (0, 0, 0)
     assert build.shared_static == 0 and 0 < build.shared_dynamic == build.metadata.shared
     assert set(build.tensor_core) == {FULL_RATE[target]}
-    assert f".target {target}{'a' if target != 'sm_80' else ''}" in build.ptx
+    assert f".target {target}{'' if target.startswith('sm_8') else 'a'}" in build.ptx
     assert set(build.async_copies) == {"LDGSTS"}
 
 
@@ -180,6 +180,9 @@ def test_shortest_loop_counts_where_there_is_no_product():
         ("sm_80", 128, 0, 256, 2, "registers"),
         ("sm_80", 32, 166_912, 128, 1, "shared memory"),
         ("sm_80", 32, 166_913, 128, 0, "shared memory"),
+        ("sm_89", 32, 101_376, 128, 1, "shared memory"),
+        ("sm_89", 32, 101_377, 128, 0, "shared memory"),
+        ("sm_89", 32, 0, 256, 6, "warps"),
         ("sm_90", 255, 0, 512, 0, "registers"),
     ],
 )
@@ -196,10 +199,11 @@ int main() {
   while (std::scanf("%d %d %d %d", &capability, &registers, &shared, &threads) == 4) {
     cudaOccDeviceProp chip;
     chip.computeMajor = capability / 10, chip.computeMinor = capability % 10;
-    chip.maxThreadsPerBlock = 1024, chip.maxThreadsPerMultiprocessor = 2048, chip.warpSize = 32;
+    chip.maxThreadsPerBlock = 1024, chip.maxThreadsPerMultiprocessor = capability == 89 ? 1536 : 2048;
+    chip.warpSize = 32;
     chip.regsPerBlock = chip.regsPerMultiprocessor = 65536;
     chip.sharedMemPerBlock = 49152, chip.reservedSharedMemPerBlock = 1024, chip.numSms = 100;
-    chip.sharedMemPerMultiprocessor = capability >= 90 ? 233472 : 167936;
+    chip.sharedMemPerMultiprocessor = capability >= 90 ? 233472 : capability == 89 ? 102400 : 167936;
     chip.sharedMemPerBlockOptin = chip.sharedMemPerMultiprocessor - 1024;
     cudaOccFuncAttributes kernel;
     kernel.maxThreadsPerBlock = 1024, kernel.numRegs = registers;
@@ -226,7 +230,7 @@ def test_occupancy_agrees_with_cudas_own_header(tmp_path):
     subprocess.run([compiler, f"-I{headers}", tmp_path / "occupancy.cpp", "-o", program], check=True, timeout=120)
     questions = [
         (target, registers, shared, threads)
-        for target in ("sm_80", "sm_90")
+        for target in ("sm_80", "sm_89", "sm_90")
         for registers in (16, 33, 64, 128, 168, 255)
         for shared in (0, 1000, 49_152, 65_536, 98_328, 160_000)
         for threads in (32, 64, 96, 128, 256, 512, 1024)

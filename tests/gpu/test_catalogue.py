@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import pytest
 
 from limber_fast.kernels import catalogue, info_nce_cases
-from limber_fast.kernels.catalogue import TARGETS, Case
-from limber_fast.report.aot import pool
+from limber_fast.kernels.catalogue import INFORMATIVE_TARGETS, TARGETS, Case
+from limber_fast.report.aot import compile_case, pool
 
 BUILDS = [(which, target) for which in ("first", "all") for target in TARGETS]
 ASKED = {"": [("first", "sm_90")], "first": BUILDS[: len(TARGETS)], "all": BUILDS}[
@@ -40,6 +40,18 @@ def test_builds_pass_the_gate(which, target):
     assert not failures, "\n".join(failures)
 
 
+@pytest.mark.slow_gpu
+@pytest.mark.parametrize("target", INFORMATIVE_TARGETS)
+def test_informative_targets_are_reported(target):
+    """What the first build of each kernel needs there, those of sm_80, which take no TMA: nothing has to fit."""
+    for _, _, case in chosen("sm_80", "first"):
+        build = compile_case(case, target)
+        products = ", ".join(f"{count} {name}" for name, count in build.tensor_core.items())
+        print(f"{case.name} on {target}: {build.registers} registers, {build.spill_loads} spilled, "
+              f"{build.shared} bytes of LDS, {products or 'no MFMA'}")  # fmt: skip
+        assert build.registers > 0, f"{case.name} on {target}: nothing is reported"
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_cases_are_named_and_their_work_is_counted(target):
     for file, listed in catalogue.cases(target).items():
@@ -49,7 +61,7 @@ def test_cases_are_named_and_their_work_is_counted(target):
             assert case.name.partition("/")[0] == case.kernel.__name__, f"{file}: {case.name}"
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", info_nce_cases.TARGETS)
 @pytest.mark.parametrize("rows", [1, 999, 2560, 5001, 20000])
 def test_no_size_asks_for_a_build_of_its_own(target, rows):
     """Sizes are no constants of info_nce's builds, but for strips and bands, all of which are listed."""

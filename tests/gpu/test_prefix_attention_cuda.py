@@ -23,6 +23,8 @@ from limber_fast.report.aot.chips import CHIPS, occupancy
 
 pytestmark = [needs_nvcc, pytest.mark.usefixtures("poisoned")]
 STEM = "prefix_attention"
+SHIPPED = ("sm_80", "sm_90", "sm_100")  # 8.6 and 8.9 run the code of sm_80
+ONE_BLOCK = ("sm_89",)  # two do not fit into its shared memory at D = 256
 
 
 @functools.cache
@@ -59,16 +61,18 @@ def check_gate(kernels: dict[str, Kernel], target: str) -> None:
         assert kernel.stack == 0 and not kernel.opcodes.keys() & {"LDL", "STL"}, name
         assert kernel.opcodes["HMMA"] >= 8 and kernel.opcodes["LDSM"] >= 4, name
         assert kernel.opcodes["LDGSTS"] >= (2 if is_int8(name) else 4), name
-        assert blocks >= 2, (name, blocks)
+        assert blocks >= (1 if target in ONE_BLOCK else 2), (name, blocks)
 
 
-@pytest.mark.parametrize("target", [pytest.param("sm_80", marks=pytest.mark.slow_gpu), "sm_90", "sm_100"])
+@pytest.mark.parametrize(
+    "target", [pytest.param(x, marks=pytest.mark.slow_gpu if x.startswith("sm_8") else ()) for x in CHIPS]
+)
 def test_gate(target):
     check_gate(assembled(ptx_file(STEM, "sm_80"), target), target)
 
 
 @pytest.mark.slow_gpu
-@pytest.mark.parametrize("target", CHIPS)
+@pytest.mark.parametrize("target", SHIPPED)
 def test_gate_of_what_ships(target):
     check_gate(assembled(source(STEM), target), target)
 
@@ -95,7 +99,7 @@ def test_ptx_over_int8(dtype):
 
 
 @pytest.mark.slow_gpu
-@pytest.mark.parametrize("target", CHIPS)
+@pytest.mark.parametrize("target", SHIPPED)
 @pytest.mark.parametrize("dims", [64, 128, 256])
 def test_ptx_over_int8_of_every_chip(target, dims):
     for dtype in (torch.bfloat16, torch.float16):
@@ -111,7 +115,7 @@ def test_ptx_of_the_model_s_head():
 
 
 @pytest.mark.slow_gpu
-@pytest.mark.parametrize("target", CHIPS)
+@pytest.mark.parametrize("target", SHIPPED)
 @pytest.mark.parametrize("dims", [64, 128, 256])
 @pytest.mark.parametrize("fork", LONG)
 def test_ptx_of_every_chip(target, dims, fork):

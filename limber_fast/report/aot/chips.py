@@ -15,7 +15,7 @@ REGISTER_UNIT = 256  # registers are handed to a warp in multiples of this
 SUB_PARTITIONS = 4
 SHARED_UNIT = 128
 SHARED_RESERVED = 1024  # kept by the system in every block
-MAX_WARPS_PER_SM, MAX_BLOCKS_PER_SM, MAX_THREADS_PER_BLOCK = 64, 32, 1024
+MAX_THREADS_PER_BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ class Chip:
     alu_lanes: int = 64
     mufu_lanes: int = 16
     shared_lanes: int = 32
+    warps_per_sm: int = 64
+    blocks_per_sm: int = 32
 
 
 CHIPS = {
@@ -66,6 +68,22 @@ CHIPS = {
         dram=Rate(2.04e12, "datasheet"),
         l2=Rate(7.2e12, "datasheet"),  # 5120 bytes per cycle
         fp32_lanes=64,
+    ),
+    # 8.6 has the same shared memory, and 16 blocks an SM.
+    "sm_89": Chip(
+        name="L40S",
+        capability=89,
+        tensor_instructions=("HMMA", "IMMA"),
+        sms=142,
+        shared_per_block=101_376,
+        shared_per_sm=102_400,
+        clock=Rate(2.52e9, "datasheet"),
+        tensor=Rate(362e12, "datasheet"),
+        dram=Rate(0.864e12, "datasheet"),
+        l2=Rate(142 * 64 * 2.52e9, "assumed"),
+        fp32_lanes=128,
+        warps_per_sm=48,
+        blocks_per_sm=24,
     ),
     "sm_90": Chip(
         name="H100 SXM",
@@ -118,8 +136,8 @@ def occupancy(chip: Chip, registers: int, shared: int, threads: int) -> Occupanc
     limits = {
         "registers": fitting_warps // warps if whole_block <= REGISTERS_PER_SM else 0,
         "shared memory": _blocks_by_shared(chip, shared),
-        "warps": MAX_WARPS_PER_SM // warps if threads <= MAX_THREADS_PER_BLOCK else 0,
-        "blocks": MAX_BLOCKS_PER_SM,
+        "warps": chip.warps_per_sm // warps if threads <= MAX_THREADS_PER_BLOCK else 0,
+        "blocks": chip.blocks_per_sm,
     }
     limiter = min(limits, key=limits.__getitem__)
     return Occupancy(limits[limiter], limits[limiter] * warps, limiter)
