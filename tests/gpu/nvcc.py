@@ -66,8 +66,19 @@ def ptx(stem: str, target: str) -> str:
     return ptx_file(stem, target).read_text()
 
 
+@functools.cache
+def ptx_of_kernel(stem: str, kernel: str, target: str) -> str:
+    """The module with only one of its kernels, by its mangled name, and the names of the source's files."""
+    text = ptx(stem, target)
+    head, *entries = re.split(r"^(?=\.(?:visible|weak) \.entry )", text, flags=re.MULTILINE)
+    (found,) = (entry for entry in entries if f" {kernel}(" in entry.partition("\n")[0])
+    files = re.findall(r"^\s*\.file\s.*\n", text, flags=re.MULTILINE)
+    return "".join([head, found[: found.rindex("\n}")], "\n}\n", *files])
+
+
 def _compile(kind: str, file: str | Path, target: str, to: Path) -> None:
-    run("nvcc", kind, "-O3", "-std=c++17", "-Icsrc", f"-arch={target.replace('90', '90a')}", "-o", str(to), str(file))
+    run("nvcc", kind, "-O3", "-lineinfo", "-std=c++17", "-Icsrc", f"-arch={target.replace('90', '90a')}",
+        "-o", str(to), str(file))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -257,8 +268,9 @@ def launches(run: Callable[[Launch], None]) -> Iterator[None]:
 
 
 def execute_launch(launch: Launch, target: str, **options: Any) -> None:
-    """Executes the PTX that the chip would run; options are those of `execute`."""
-    execute(ptx(launch.stem, target), launch.grid, (launch.threads,), [launch.params], shared_bytes=launch.shared,
+    """Executes the PTX that the chip would run, or a text `ptx` in its place; other options are those of `execute`."""
+    text = options.pop("ptx", None) or ptx_of_kernel(launch.stem, launch.kernel, target)
+    execute(text, launch.grid, (launch.threads,), [launch.params], shared_bytes=launch.shared,
             tensors=launch.tensors, entry=launch.kernel, **options)  # fmt: skip
 
 

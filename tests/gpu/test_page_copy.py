@@ -30,6 +30,7 @@ POOLS = {
     "tiles and a rest": (2, 3, 256, torch.bfloat16, 16),
     "int8": (3, 2, 80, torch.int8, 16),
     "int8, scales in a tile of their own": (2, 4, 128, torch.int8, 16),
+    "int8, scales in three of a lane's four vectors, and a tile": (2, 125, 1, torch.int8, 16),
 }
 
 

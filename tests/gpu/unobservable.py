@@ -10,7 +10,15 @@ _NEVER_ZERO = "log of zero or of the largest numbers: its argument is 1 + ratio 
 _SIZE = {
     r"setp\.lt\.s32 (.*), 1; -> setp\.(le\.s32 \1, 1|lt\.s32 \1, [02]);": "a size is at least 1; 1 is another build",
 }
+_BELOW_ZERO = "how a division by a power of two rounds below zero: what it divides is at least 0"
 _OF_ANY_KERNEL = {r"@!?%p\d+ fence\.proxy\.tensormap.* -> @": "the other warps acquire it, ahead of the same barrier"}
+_ATTENTION = {
+    r"@!?%p\d+ bra .* -> @.* // .*if \(pair_of_lane == 0\) (of_warps|largest_sums)":
+        "which of a row's four lanes stores what all four hold",
+    r"mov\.f32 .*, 0f00000000; -> .*0f3F800000; // .*for \(int at = begin;": "sums times 0 as the first tile begins",
+    r"shr\.s32 (.*), 31; -> shr\.s32 \1, 3[02];|"
+    r"shr\.u32 (.*), 24; -> (shr\.u32 \2, 2[35]|shl\.b32 \2, 24); // .*int\(SPLIT\)": _BELOW_ZERO,
+}
 _OF = {
     "info_nce_fwd_kernel": {
         r"-?1065353216\b.* -> .*106535321[57]\b": "whether a sum is within 2^64 of 1: any up to 2^126 are exact",
@@ -41,6 +49,16 @@ _OF = {
         r"0f4090CC00; -> .*0fC090CC00;": "where exp2 ends, 0 instead of below 2^-1022: 0 in fp32 beside any sum",
         r"setp\.lt\.u32 .*, 1073127583; -> .*, 107312758[24];": "on which side of sqrt(2) log takes one number",
         r"mov\.b32 .*, 0; -> .*, 1; // .*mask=mask, other=0": "what lanes past the end hold, which nobody stores",
+    },
+    "prefix_attention_parts_kernel": _ATTENTION,
+    "prefix_attention_rest_kernel": _ATTENTION,
+    "read_words_kernel": {
+        r"@!?%p\d+ bra .* -> @.* // if \(threadIdx\.x % 32 == 0\) warp_sums":
+            "which of a warp's lanes stores what all of them hold",
+    },
+    "page_copy_kernel": {
+        r"shr\.s64 (.*), 63; -> shr\.s64 \1, 6[24];|shr\.u64 (.*), 60; -> (shr\.u64 \2, (59|61)|shl\.b64 \2, 60);":
+            _BELOW_ZERO,
     },
 }
 
