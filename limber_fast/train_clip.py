@@ -137,12 +137,20 @@ def dry_run(trainer: ClipTrainer, world: int, console: Console) -> int:
     with torch.no_grad():
         width = trainer.model.encode_image(batch[0][:1].to(trainer.device)).shape[1]
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    step = min(seconds)
+    step, share, activations = min(seconds), len(batch[0]), sum(kept.values())
+    micro = min(config.micro_batch or share, share)
+    if micro < share:  # what a pass keeps when it is made again, in the backward pass
+        images, tokens = (x.to(trainer.device) for x in batch[:2])
+        with kept_for_backward(trainer.model.parameters()) as kept:
+            found = trainer.features.one_pass(images[:micro], tokens[:micro])
+        activations += sum(kept.values())
+        del found
     rows = [
         ("images, tokens of a process", f"{shapes[0]}, {shapes[1]}"),
+        ("batch", f"{config.batch_size} = {world} x {-(-share // micro)} x {micro} pairs, features and loss of all"),
         ("features, logits never held", f"{config.batch_size} x {width}, {config.batch_size} x {config.batch_size}"),
         ("weights, gradients, AdamW", f"{16 * parameters / 2**20:.0f} MiB a process"),
-        ("activations", f"{sum(kept.values()) / 2**20:.1f} MiB a process"),
+        ("activations", f"{activations / 2**20:.1f} MiB a process"),
         ("gathered features", f"{8 * config.batch_size * width / 2**20 if world > 1 else 0:.1f} MiB a process"),
         ("a step", f"{step:.2f} s"),
         (f"{config.steps} steps", f"{config.steps * step / 3600:.2f} h"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import random
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 import torch.distributed as dist
 from PIL.Image import Image
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 from limber_fast import ClipLoss, SigLipLoss, checks
@@ -96,18 +99,53 @@ def _deaf(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-class _Features(nn.Module):
-    """What open_clip's model returns, as a tuple. The bias as a copy: of a parameter that is itself an output DDP
-    believes that it was not used."""
+class Features(nn.Module):
+    """What open_clip's model returns, as a tuple, in passes of at most `micro_batch` pairs; 0: in one.
 
-    def __init__(self, model: nn.Module) -> None:
+    Of several passes the features alone are kept. The backward pass of a loss of all features makes each pass again,
+    with the random state that it had, and backpropagates it before the next: the gradients of the whole batch at the
+    activations of a part (GradCache, Gao et al., arXiv 2101.06983).
+    """
+
+    def __init__(self, model: nn.Module, micro_batch: int = 0, precision: str = "fp32") -> None:
         super().__init__()
-        self.model = model
+        self.model, self.micro_batch, self.precision = model, micro_batch, precision
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        out = self.model(images, tokens)
+        size = self.micro_batch or len(images)
+        if len(images) <= size:
+            return self.one_pass(images, tokens)
+        contexts = partial(_first_and_second, self.model)
+        image_parts, text_parts, scales, biases = zip(*(
+            checkpoint(self.one_pass, *part, use_reentrant=False, context_fn=contexts)
+            for part in zip(images.split(size), tokens.split(size), strict=True)
+        ), strict=True)  # fmt: skip
+        return torch.cat(image_parts), torch.cat(text_parts), scales[0], biases[0]
+
+    def one_pass(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        # Autocast pass by pass: over all of them its copies of weights would be shared, and add up gradients in bf16.
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            out = self.model(images, tokens)
         bias = out.get("logit_bias")
+        # A copy: of a parameter that is itself an output DDP believes that it was not used.
         return out["image_features"], out["text_features"], out["logit_scale"], None if bias is None else bias.clone()
+
+
+def _first_and_second(model: nn.Module) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+    """Around a pass, and around the same made again."""
+    return contextlib.nullcontext(), _statistics_kept(model)
+
+
+@contextlib.contextmanager
+def _statistics_kept(model: nn.Module) -> Iterator[None]:
+    """A pass made again does not count twice in the running statistics of batch normalisation."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    before = [(x, x.clone()) for norm in norms for x in norm.buffers()]
+    try:
+        yield
+    finally:
+        for x, value in before:
+            x.copy_(value)
 
 
 class ClipTrainer:
@@ -136,9 +174,9 @@ class ClipTrainer:
             self.loss = SigLipLoss(**where)
         # Without find_unused_parameters DDP regroups its buckets after a first step, and three processes or more add
         # in another order from then on: a resumed run would differ in its first step.
-        self.parallel = _Features(model)
+        self.features = self.parallel = Features(model, config.micro_batch, config.precision)
         if world > 1:
-            self.parallel = nn.parallel.DistributedDataParallel(self.parallel, find_unused_parameters=True)
+            self.parallel = nn.parallel.DistributedDataParallel(self.features, find_unused_parameters=True)
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         decayed = [p for name, p in named if p.ndim >= 2 and "positional" not in name]
         free = [p for name, p in named if p.ndim < 2 or "positional" in name]
@@ -157,8 +195,7 @@ class ClipTrainer:
         # Dropout, dropped patches: of this step and process, not of what ran before.
         torch.manual_seed(random.Random(f"{config.seed} model {self.step} {rank}").getrandbits(62))
         self.optimizer.zero_grad()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            image_features, text_features, scale, bias = self.parallel(images, tokens)
+        image_features, text_features, scale, bias = self.parallel(images, tokens)
         loss = self.loss(image_features, text_features, scale, bias, ids=ids)
         loss.backward()
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]

@@ -25,6 +25,9 @@ class ClipTrainConfig:
             have copies of the checkpoint.
         loss: 'clip' (softmax) or 'siglip' (sigmoid, with a learnable bias).
         steps, batch_size: optimiser steps, and pairs in each, over all processes.
+        micro_batch: pairs in one forward pass of one process; 0: all of its share. Loss and gradients are those of the
+            whole batch: passes are made twice, and keep their activations one at a time. (Batch normalisation takes
+            its statistics from a pass.)
         learning_rate, warmup, beta1, beta2, eps, weight_decay, grad_clip: AdamW; the rate rises over `warmup` steps and
             falls to 0 at `steps` as half a cosine. Gains, biases and the scale do not decay. grad_clip 0: none.
         label_smoothing: of the softmax loss.
@@ -45,6 +48,7 @@ class ClipTrainConfig:
     loss: str = "clip"
     steps: int = 10_000
     batch_size: int = 256
+    micro_batch: int = 0
     learning_rate: float = 5e-4
     warmup: int = 500
     beta1: float = 0.9
@@ -66,7 +70,7 @@ class ClipTrainConfig:
         for name in ("steps", "batch_size", "save_every"):
             if getattr(self, name) < 1:
                 raise checks.invalid(_OP, name, "be at least 1", repr(getattr(self, name)))
-        for name in ("learning_rate", "warmup", "eps", "weight_decay", "grad_clip", "workers"):
+        for name in ("learning_rate", "warmup", "eps", "weight_decay", "grad_clip", "workers", "micro_batch"):
             checks.not_negative(_OP, name, getattr(self, name))
         checks.seed(_OP, "seed", self.seed)
         for name in ("beta1", "beta2"):
