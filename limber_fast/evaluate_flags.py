@@ -76,14 +76,21 @@ def add_predictions(predict: argparse.ArgumentParser) -> None:
     for task, longest, controls in (
         (caption, 100, ("blind", "shuffled")), (vqa, 10, ("blind", "shuffled", "oracle")),
     ):  # fmt: skip
-        task.add_argument(
-            "--limber", type=Path, required=True, metavar="MAP",
-            help="what `train-limber` saved, or LiMBeR's proj.ckpt (with --encoder)",
+        said_by = task.add_mutually_exclusive_group(required=True)
+        said_by.add_argument(
+            "--limber", type=Path, metavar="MAP",
+            help="what `train-limber` saved, or LiMBeR's proj.ckpt (with --encoder); with --language-model",
         )  # fmt: skip
-        task.add_argument("--language-model", required=True, metavar="DIR", help="a GPT-J in int8 or Hugging Face's")
+        said_by.add_argument(
+            "--magma", type=Path, metavar="FILE", help="MAGMA's checkpoint, its language model in it; with --tokenizer"
+        )
+        task.add_argument(
+            "--language-model", default="", metavar="DIR",
+            help="a GPT-J in int8 or Hugging Face's; with --magma only its config.json is read, GPT-J-6B's by default",
+        )  # fmt: skip
         task.add_argument("--tokenizer", default="", help="by default the language model's")
         task.add_argument("--compute", choices=("w8a16", "w8a8"), help="of the language model; by default as saved")
-        task.add_argument("--encoder", default="", metavar="NAME", help="as train-limber's; by default the saved one")
+        task.add_argument("--encoder", default="", metavar="NAME", help="as train-limber's; by default the saved one's")
         task.add_argument("--encoder-weights", default="", help="as train-limber's")
         task.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of the image files")
         task.add_argument("--output", type=Path, required=True, metavar="JSON", help="predictions, for `evaluate`")

@@ -7,13 +7,14 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from limber_fast import GPTJ, Limber, checks, files
+from limber_fast import GPTJ, GPTJConfig, Limber, checks, files
 from limber_fast.console import Console
 from limber_fast.data.captions import read_coco_captions, read_nocaps
 from limber_fast.data.index import BrokenIndex
@@ -24,6 +25,7 @@ from limber_fast.evaluation.controls import majority_answer, shuffled_images, te
 from limber_fast.models.encoders import encoder as make_encoder
 from limber_fast.models.encoders import weights_of
 from limber_fast.models.gptj_attention import Prefix
+from limber_fast.models.gptj_files import read_config
 from limber_fast.models.limber import DECODING
 from limber_fast.models.tokenizer import pretrained_tokenizer
 
@@ -67,9 +69,14 @@ def main(args: argparse.Namespace, console: Console) -> int | None:
 
 
 def load(args: argparse.Namespace, device: torch.device) -> Limber:
-    """Of a folder of `Limber.save_pretrained`, or of LiMBeR's proj.ckpt and the name of its encoder."""
-    if not args.limber.exists():
-        raise FileNotFoundError(f"{args.limber}: no such file or folder")
+    """Of a folder of `Limber.save_pretrained`, of LiMBeR's proj.ckpt and the name of its encoder, or of MAGMA's
+    checkpoint."""
+    if not (path := args.magma or args.limber).exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if args.magma:
+        return _magma(args, device)
+    if not args.language_model:
+        raise checks.invalid(_OP, "--language-model", "be given with --limber", "nothing")
     if not (args.encoder or args.limber.is_dir()):
         raise checks.invalid(_OP, "--encoder", "be given with a file of P and b alone", "nothing", "as --encoder clip")
     model = GPTJ.from_pretrained(args.language_model, compute=args.compute, device=device)
@@ -82,6 +89,25 @@ def load(args: argparse.Namespace, device: torch.device) -> Limber:
     if limber.encoder is None:
         raise checks.invalid(_OP, "--encoder", "be given with a map that was saved without one", "nothing")
     return limber.eval().to(device)
+
+
+def _magma(args: argparse.Namespace, device: torch.device) -> Limber:
+    """Of GPT-J-6B's sizes where no language model's config.json says others, with adapters of MAGMA's quarter of its
+    width."""
+    if not (args.tokenizer or args.language_model):
+        raise checks.invalid(_OP, "--tokenizer", "be given with --magma", "nothing", "a folder of GPT-2's")
+    if args.encoder_weights:
+        contract = "be left out with --magma, whose file has them"
+        raise checks.invalid(_OP, "--encoder-weights", contract, repr(args.encoder_weights))
+    config = GPTJConfig()
+    if folder := args.language_model:
+        config = GPTJConfig.from_dict(read_config(Path(folder)), str(Path(folder) / "config.json"))
+    if config.adapter_width is None:
+        config = dataclasses.replace(config, adapter_width=config.n_embd // 4)
+    tokenizer = pretrained_tokenizer(_OP, args.tokenizer or args.language_model)
+    encoder = make_encoder(args.encoder, weights=None) if args.encoder else None
+    how = {"compute": args.compute} if args.compute else {}
+    return Limber.from_magma(args.magma, tokenizer, encoder=encoder, config=config, device=device, **how).eval()
 
 
 def _records(args: argparse.Namespace) -> list[Any]:

@@ -12,6 +12,7 @@ pytest.importorskip("timm")
 Image = pytest.importorskip("PIL.Image")
 
 from gptj_cases import byte_tokenizer  # noqa: E402
+from magma_model import Magma  # noqa: E402
 
 from limber_fast import GPTJ, GPTJConfig, Limber, cli  # noqa: E402
 from limber_fast.models.encoders import encoder  # noqa: E402
@@ -141,6 +142,52 @@ def test_a_released_map_needs_its_encoder(world, tmp_path, capsys):
     flags += ("--encoder", "timm:test_resnet", "--encoder-weights", "random", "--seed", 2)
     code, said = predict(tmp_path, *flags, "--device", "cpu")
     assert code == 0 and [x["caption"] for x in said] == limber.caption(pictures, max_new_tokens=8)
+
+
+@pytest.fixture
+def magma(world, tmp_path):
+    """(MAGMA's checkpoint over the world's encoder and of its language model's sizes, flags without a map)."""
+    (limber, _, flags), sizes = world, {"width": 64, "layers": 2, "heads": 4, "rotary": 8, "inner": 16}
+    plain = Magma(limber.encoder.trunk, limber.encoder.width, **sizes, words=290, vocabulary=300)
+    path = tmp_path / "mp_rank_00_model_states.pt"
+    torch.save({"module": {name: x.clone() for name, x in plain.state_dict().items()}}, path)
+    return path, flags[flags.index("--images") :]
+
+
+def test_magma(world, magma, tmp_path):
+    (_, pictures, _), (path, flags), lm = world, magma, tmp_path / "lm"
+    config = GPTJConfig(vocab_size=300, n_positions=256, n_embd=64, n_layer=2, n_head=4, rotary_dim=8, eos_token_id=0,
+                        adapter_width=16)  # fmt: skip
+    trunk = encoder("timm:test_resnet", weights=False, seed=5)  # replaced by the file's
+    limber = Limber.from_magma(path, byte_tokenizer(), encoder=trunk, config=config).eval()
+    flags = ("--magma", path, "--language-model", lm, "--encoder", "timm:test_resnet", "--device", "cpu", *flags)
+    code, said = predict(tmp_path, "caption", "--references", tmp_path / "references.json", *flags)
+    expected = limber.caption(pictures, max_new_tokens=8)
+    assert code == 0 and said == [{"image_id": i, "caption": text} for i, text in enumerate(expected)]
+    assert len(set(expected)) > 1
+    code, said = predict(tmp_path, "vqa", "--questions", tmp_path / "questions.json", *flags)
+    expected = [limber.answer([x], [q], max_new_tokens=8)[0] for x in pictures for q in ASKED]
+    assert code == 0 and [x["answer"] for x in said] == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(("--magma", "FILE"), "predict: --tokenizer must be given with --magma; got nothing"),
+     (("--magma", "FILE", "--tokenizer", "lm", "--encoder-weights", "x.pt"),
+      "--encoder-weights must be left out with --magma, whose file has them; got 'x.pt'"),
+     (("--magma", "FILE", "--tokenizer", "lm", "--encoder", "timm:test_resnet"),
+      "tensor 'image_prefix.proj.weight' must be (4096, 96); got shape (64, 96)"),  # GPT-J-6B's by default
+     (("--magma", "FILE", "--language-model", "lm", "--encoder", "timm:test_vit"),
+      "the checkpoint must hold MAGMA's tensors alone; got 'image_prefix.enc."),
+     (("--magma", "nowhere"), "nowhere: no such file or folder"),
+     (("--limber", "map"), "predict: --language-model must be given with --limber; got nothing")],
+)  # fmt: skip
+def test_bad_flags_of_magma_are_one_line(magma, tmp_path, capsys, change, message):
+    path, flags = magma
+    change = [{"FILE": path, "lm": tmp_path / "lm", "map": tmp_path / "map"}.get(x, x) for x in change]
+    assert predict(tmp_path, "vqa", "--questions", tmp_path / "questions.json", *flags, *change) == (1, None)
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(
