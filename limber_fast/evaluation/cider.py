@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,6 +107,62 @@ def cider_d(
     return 10 * scores
 
 
+def best_constant(
+    references: Sequence[Sequence[str]],
+    *,
+    document_frequency: DocumentFrequency | None = None,
+    tokenize: Tokenize = ptb_tokenize,
+) -> str:
+    """Of all references the one with the highest mean CIDEr-D where it is the caption of every image; the first of
+    equally good ones. No captioner that sees nothing, and says one sentence of these, does better.
+
+    Args: as of `cider_d`.
+    """
+    checks.text_sets("best_constant", "references", references, "references", references)
+    counted = {text: ngrams(tokenize(text)) for texts in references for text in texts}
+    if document_frequency is None:
+        document_frequency = DocumentFrequency._of([[counted[text] for text in texts] for texts in references])
+    vectors = [_Vectors.of(counts, document_frequency) for counts in counted.values()]
+    place = {text: row for row, text in enumerate(counted)}
+    shares, lengths = np.zeros(len(place)), np.array([vector.length for vector in vectors])
+    for texts in references:
+        for text in texts:
+            shares[place[text]] += 1 / (len(texts) * len(references))
+    entries: dict[Ngram, list[tuple[int, float, float]]] = {}  # (reference, weight, weight / norm)
+    for row, vector in enumerate(vectors):
+        for ngram, weight in vector.unit():
+            entries.setdefault(ngram, []).append((row, vector.weights[ngram], weight))
+    postings = {ngram: tuple(map(np.array, zip(*found, strict=True))) for ngram, found in entries.items()}
+
+    @cache
+    def kept(length: int) -> np.ndarray:
+        return shares * np.exp(-((length - lengths) ** 2) / (2 * SIGMA**2))
+
+    @cache
+    def unclipped(ngram: Ngram, length: int) -> float:
+        rows, _, units = postings[ngram]
+        return float(kept(length)[rows] @ units)
+
+    def score(vector: _Vectors) -> float:
+        total = 0.0
+        for ngram, unit in vector.unit():
+            rows, weights, units = postings[ngram]
+            weight = vector.weights[ngram]
+            total += unit / weight * float(kept(vector.length)[rows] @ (np.minimum(weight, weights) * units))
+        return total
+
+    # A score is at most what it is without clipping, which costs little, and all but always near it.
+    bounds = np.array([sum(unit * unclipped(ngram, vector.length) for ngram, unit in vector.unit())
+                       for vector in vectors])  # fmt: skip
+    best, found = -1.0, 0
+    for row in np.argsort(-bounds, kind="stable").tolist():
+        if bounds[row] < best:
+            break
+        if (value := score(vectors[row])) > best or (value == best and row < found):
+            best, found = value, row
+    return list(counted)[found]
+
+
 class _Vectors(NamedTuple):
     """tf-idf weights, their norm for each n, and the length in bigrams."""
 
@@ -121,6 +178,10 @@ class _Vectors(NamedTuple):
             squares[len(ngram) - 1] += weight * weight
         length = sum(count for ngram, count in counts.items() if len(ngram) == 2)
         return cls(weights, tuple(map(math.sqrt, squares)), length)
+
+    def unit(self) -> Iterator[tuple[Ngram, float]]:
+        """Weights of length 1 for each n; none of n-grams that weigh nothing."""
+        return ((ngram, w / self.norms[len(ngram) - 1]) for ngram, w in self.weights.items() if w)
 
 
 def _similarity(caption: _Vectors, reference: _Vectors) -> float:

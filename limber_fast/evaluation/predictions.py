@@ -13,7 +13,7 @@ from limber_fast.data.captions import CaptionedImage
 from limber_fast.data.index import BrokenIndex, Index
 from limber_fast.data.questions import Question
 from limber_fast.evaluation.bootstrap import Interval, bootstrap_intervals
-from limber_fast.evaluation.cider import DocumentFrequency, Tokenize, cider_d
+from limber_fast.evaluation.cider import DocumentFrequency, Tokenize, best_constant, cider_d
 from limber_fast.evaluation.controls import majority_answer, majority_answers, shuffled_images
 from limber_fast.evaluation.exact_match import exact_match
 from limber_fast.evaluation.nocaps import ALL, domain_frequencies, nocaps_cider_d
@@ -24,7 +24,8 @@ MODEL = "model"
 SHUFFLED, BEST_REFERENCE, MAJORITY, MAJORITY_BY_TYPE = (
     "shuffled", "best reference", "majority", "majority by question type"
 )  # fmt: skip
-CONTROLS = {"caption": (SHUFFLED, BEST_REFERENCE), "vqa": (MAJORITY, MAJORITY_BY_TYPE)}  # rows of every evaluation
+# Rows of every evaluation.
+CONTROLS = {"caption": (SHUFFLED, MAJORITY, BEST_REFERENCE), "vqa": (MAJORITY, MAJORITY_BY_TYPE)}
 Scores = dict[str, np.ndarray]
 
 
@@ -97,10 +98,12 @@ def score_caption_files(
 ) -> Scored:
     """CIDEr-D, exact match and, through `clip`, more of every row of captions; NoCaps' domains as groups.
 
-    Document frequency is of all records, also where only a subset has captions. Two rows of controls are added:
-    `shuffled`, the model's captions given to other images, and `best reference`, the reference that scores highest
-    against all of its image's, itself among them, which is the ceiling. Published NoCaps figures score each domain as
-    a set of its own, with its own document frequency, and so do the groups here.
+    Document frequency is of all records, also where only a subset has captions. Three rows of controls are added:
+    `shuffled`, the model's captions given to other images; `majority`, of these very references the one that scores
+    best as the caption of every image (the most frequent one, where hardly any comes twice, would be any of them, and
+    easy to beat); and `best reference`, the reference that scores highest against all of its image's, itself among
+    them, which is the ceiling. Published NoCaps figures score each domain as a set of its own, with its own document
+    frequency, and so do the groups here.
 
     Args:
         records: with at least one caption each.
@@ -119,6 +122,7 @@ def score_caption_files(
     texts = {row: [captions[name] for name in ids] for row, captions in predictions.items()}
     if len(kept) > 1:
         texts[SHUFFLED] = [predictions[MODEL][name] for name in shuffled_images(ids, seed)]
+    texts[MAJORITY] = [best_constant(references, document_frequency=frequency[ALL], tokenize=tokenize)] * len(kept)
     texts[BEST_REFERENCE] = _best_references(references, frequency[ALL], tokenize)
     groups = groups_of(domains)
     scores, within = {}, {}

@@ -20,8 +20,9 @@ SIZE = 288  # pixels of an example's longer side
 NOTES = {
     "caption": (
         "CIDEr-D times 100 with document frequency from the references of the whole file, of a domain from its own. "
-        "shuffled: the model's captions given to other images. best reference: of each image the reference that scores "
-        "highest, itself among those it is compared with: the ceiling."
+        "shuffled: the model's captions given to other images. majority: of all these references the one that scores "
+        "best as the caption of every image. best reference: of each image the reference that scores highest, itself "
+        "among those it is compared with: the ceiling."
     ),
     "vqa": (
         "VQA accuracy: mean over the annotators left out in turn, after the official normalisation; min(n/3, 1): all "

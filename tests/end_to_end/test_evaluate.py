@@ -60,7 +60,7 @@ def test_captions(coco, capsys):
     )  # fmt: skip
     assert code == 0
     rows = result["groups"]["all"]["rows"]
-    assert list(rows) == ["model", "blind", "shuffled", "best reference"]
+    assert list(rows) == ["model", "blind", "shuffled", "majority", "best reference"]
     scores = 100 * cider_d(found, references)
     interval = bootstrap_interval(scores)
     assert rows["model"]["CIDEr-D"] == pytest.approx(interval._asdict())
@@ -74,6 +74,9 @@ def test_captions(coco, capsys):
         < rows["best reference"]["CIDEr-D"]["mean"]
     )
     assert [entry["model"]["CIDEr-D"] for entry in result["entries"]] == pytest.approx((scores / 100).tolist())
+    constants = [cider_d([text] * IMAGES, references).mean() for texts in references for text in texts]
+    assert rows["majority"]["CIDEr-D"]["mean"] == pytest.approx(100 * max(constants))
+    assert len({entry["majority"]["text"] for entry in result["entries"]}) == 1
 
     near = result["groups"]["near-domain"]
     alone = cider_d(found[1::3], references[1::3])
@@ -195,12 +198,12 @@ def test_a_library_that_cannot_download_is_one_line(coco, capsys, monkeypatch):
     assert said.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["shuffled", "best reference", "model"])
+@pytest.mark.parametrize("name", ["shuffled", "majority", "best reference", "model"])
 def test_no_row_takes_a_control_s_name(coco, capsys, name):
     folder = coco[0]
     against = ("--references", folder / "references.json", "--against", f"{name}={folder / 'blind.json'}")
     assert evaluate(folder, "caption", folder / "model.json", *against) == (1, None)
-    assert "from 'model', 'shuffled', 'best reference'; got" in capsys.readouterr().err
+    assert "from 'model', 'shuffled', 'majority', 'best reference'; got" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 from caption_cases import captions
 
 from limber_fast.data.index import BrokenIndex
-from limber_fast.evaluation.cider import DocumentFrequency, cider_d
+from limber_fast.evaluation.cider import DocumentFrequency, best_constant, cider_d
 
 
 def sets(images: int, seed: int) -> tuple[list[str], list[list[str]]]:
@@ -113,3 +113,24 @@ def test_errors():
         cider_d(["a"], [["a", None]])
     with pytest.raises(TypeError, match=r"cider_d: references\[0\] must be a list of strings; got str"):
         cider_d(["a"], ["a"])
+
+
+@pytest.mark.parametrize(("images", "seed"), [(1, 3), (4, 0), (12, 1), (40, 2)])
+def test_the_best_constant(images, seed):
+    _, references = sets(max(images, 3), seed)
+    references = references[:images]
+    frequency = DocumentFrequency.of([*references, ["a man is there", "one"]], str.split)  # of more images
+    for options in ({}, {"document_frequency": frequency}):
+        options["tokenize"] = str.split
+        different = list(dict.fromkeys(text for texts in references for text in texts))
+        means = [cider_d([text] * images, references, **options).mean() for text in different]
+        found = best_constant(references, **options)
+        assert means[different.index(found)] == pytest.approx(max(means), rel=1e-12, abs=1e-300)
+        assert len(set(means)) > 1 or found == different[0]
+
+
+def test_the_best_constant_is_not_the_most_frequent_caption():
+    # Said of every image, what a half of them share beats what one image is called twice.
+    references = [["a red fox", "a red fox"], ["a dog runs by", "one dog runs"], ["a dog runs by now", "the dog runs"],
+                  ["a cat"]]  # fmt: skip
+    assert best_constant(references) in ("a dog runs by", "a dog runs by now", "one dog runs", "the dog runs")
