@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from limber_fast import GPTJ, Limber, checks
 from limber_fast.console import Console
@@ -177,13 +177,15 @@ def dry_run(limber: Limber, pairs: Pairs, config: LimberTrainConfig, world: int,
     seconds = time.perf_counter() - started
     micros = -(-share // micro)
     trained = sum(p.numel() for p in trainer.parameters)
-    frozen = sum(x.numel() * x.element_size() for x in gptj.buffers())
+    frozen = [_frozen_bytes(part, trainer.parameters) / 2**20 for part in (encoder, gptj)]
+    together = sum(frozen) + (16 * trained + kept * micro) / 2**20
     cache = 2 * len(pairs) * encoder.tokens * encoder.width
     rows = [
         ("soft prompts of a picture", f"{encoder.tokens} x {encoder.width} -> {encoder.tokens} x {gptj.config.n_embd}"),
         ("trained", f"{trained / 1e6:.2f} M parameters, {16 * trained / 2**20:.1f} MiB with gradients and optimizer"),
-        ("language model", f"{frozen / 2**20:.0f} MiB"),
+        ("frozen weights", f"encoder {frozen[0]:.1f} MiB, language model {frozen[1]:.1f} MiB"),
         ("activations", f"{kept * micro / 2**20:.0f} MiB kept for the backward pass of {micro} such captions"),
+        ("these together", f"{together:.1f} MiB a process"),
         ("features on disk", f"{cache / 2**20:.0f} MiB" if config.cache_features and not config.tuned else "not kept"),
         ("batch", f"{config.batch_size} = {world} x {micros} x {micro} pictures"),
         ("a step", f"{micros * seconds:.1f} s, with the encoder's time"),
@@ -191,6 +193,11 @@ def dry_run(limber: Limber, pairs: Pairs, config: LimberTrainConfig, world: int,
     ]
     console.table("Dry run", ("", ""), rows)
     return 0
+
+
+def _frozen_bytes(part: nn.Module, trained: Iterable[Tensor]) -> int:
+    own = {id(x) for x in trained}
+    return sum(x.nbytes for x in (*part.parameters(), *part.buffers()) if id(x) not in own)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("timm")
 
 from limber_fast import GPTJ, Limber
+from limber_fast.models.encoders import encoder
 from limber_fast.train_limber import tensorboard
 from limber_fast.training.checkpoint import LIMBER, load_checkpoint
 
@@ -174,6 +176,12 @@ def test_dry_run_and_toml(config, tmp_path):
     done = subprocess.run(ours, capture_output=True, text=True, timeout=600, env=ENVIRONMENT, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "MiB kept for the backward pass of 3" in done.stdout
+    weights = [encoder("timm:test_resnet", weights=None).trunk, GPTJ.from_pretrained(config.language_model)]
+    mib = [sum(x.nbytes for x in (*part.parameters(), *part.buffers())) / 2**20 for part in weights]
+    assert f"encoder {mib[0]:.1f} MiB, language model {mib[1]:.1f} MiB" in done.stdout and min(mib) > 0.1
+    trained, kept, together = (float(re.search(rf"([\d.]+) MiB {what}", done.stdout)[1]) for what in
+                               ("with gradients", "kept for", "a process"))  # fmt: skip
+    assert together == pytest.approx(sum(mib) + trained + kept, abs=0.7)  # as rounded
     assert "60 = 1 x 20 x 3 pictures" in done.stdout and "12 steps" in done.stdout
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run.toml"]
     (tmp_path / "run.toml").write_text("stepz = 3")
