@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
 
 import pytest
 import torch
@@ -67,30 +69,95 @@ def pixels_of(n):
     return torch.randn(n, 3, 224, 224, generator=torch.Generator().manual_seed(1))
 
 
-def test_the_released_names_and_shapes():
-    """GPT-J-6B's tensors as the released file has them."""
-    found = {magma_name(name): shape for name, shape in shapes(GPTJConfig(adapter_width=1024)).items()}
-    assert len(found) == 28 * 14 + 5
-    expected = {
-        "lm.transformer.wte.weight": (50400, 4096), "lm.lm_head.weight": (50400, 4096), "lm.lm_head.bias": (50400,),
-        "lm.transformer.ln_f.weight": (4096,), "lm.transformer.h.27.ln_1.bias": (4096,),
-        "lm.transformer.h.27.mlp.0.c_fc.weight": (16384, 4096), "lm.transformer.h.0.mlp.0.c_fc.bias": (16384,),
-        "lm.transformer.h.0.mlp.0.c_proj.weight": (4096, 16384), "lm.transformer.h.9.mlp.0.c_proj.bias": (4096,),
-        "lm.transformer.h.5.mlp.1.adapter.0.weight": (1024, 4096), "lm.transformer.h.5.mlp.1.adapter.0.bias": (1024,),
-        "lm.transformer.h.5.mlp.1.adapter.2.weight": (4096, 1024), "lm.transformer.h.5.mlp.1.adapter.2.bias": (4096,),
+def released():
+    """Name and shape of every tensor of MAGMA's released checkpoint: CLIP's RN50x16 without its attention pooling, map
+    and LayerNorm, GPT-J-6B with adapters behind its MLPs, 50258 ids. GPT-J's masks, and what MAGMA registers twice."""
+    found = {}
+
+    def put(name, *shape, bias=False):
+        found[f"{name}.weight"] = shape
+        if bias:
+            found[f"{name}.bias"] = shape[:1]
+
+    def convolution(name, norm, out, into, size):
+        put(name, out, into, size, size)
+        put(norm, out, bias=True)
+        found.update({f"{norm}.running_mean": (out,), f"{norm}.running_var": (out,), f"{norm}.num_batches_tracked": ()})
+
+    enc, into = "image_prefix.enc", 96
+    for i, sizes in enumerate(((48, 3), (48, 48), (96, 48)), 1):
+        convolution(f"{enc}.conv{i}", f"{enc}.bn{i}", *sizes, 3)
+    for i, (blocks, width) in enumerate(((6, 96), (8, 192), (18, 384), (8, 768)), 1):
+        for j in range(blocks):
+            at = f"{enc}.layer{i}.{j}"
+            for k, (*sizes, size) in enumerate(((width, into, 1), (width, width, 3), (4 * width, width, 1)), 1):
+                convolution(f"{at}.conv{k}", f"{at}.bn{k}", *sizes, size)
+            if j == 0:
+                convolution(f"{at}.downsample.0", f"{at}.downsample.1", 4 * width, into, 1)
+            into = 4 * width
+    put("image_prefix.proj", 4096, 3072, bias=True)
+    put("image_prefix.ln", 4096, bias=True)
+    put("lm.transformer.wte", 50258, 4096)
+    put("lm.transformer.ln_f", 4096, bias=True)
+    put("lm.lm_head", 50400, 4096, bias=True)
+    for i in range(28):
+        at = f"lm.transformer.h.{i}"
+        put(f"{at}.ln_1", 4096, bias=True)
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            put(f"{at}.attn.attention.{part}", 4096, 4096)
+        found.update({f"{at}.attn.attention.bias": (1, 1, 2048, 2048), f"{at}.attn.attention.masked_bias": ()})
+        put(f"{at}.mlp.0.c_fc", 16384, 4096, bias=True)
+        put(f"{at}.mlp.0.c_proj", 4096, 16384, bias=True)
+        put(f"{at}.mlp.1.adapter.0", 1024, 4096, bias=True)
+        put(f"{at}.mlp.1.adapter.2", 4096, 1024, bias=True)
+    again = {name.removeprefix("lm."): x for name, x in found.items() if name.startswith("lm.transformer.h.")}
+    return found | again | {"word_embedding.weight": found["lm.transformer.wte.weight"]}
+
+
+@pytest.fixture
+def unmade(monkeypatch):
+    """RN50x16 as `from_magma` makes it, without memory."""
+    open_clip = pytest.importorskip("open_clip")
+    monkeypatch.setattr(open_clip, "create_model", functools.partial(open_clip.create_model, device="meta"))
+    with torch.device("meta"):
+        return encoder("clip-random")
+
+
+def load_released(path, found, trunk):
+    torch.save({"module": {name: torch.empty(shape, device="meta", dtype=torch.float16)
+                           for name, shape in found.items()}}, path)  # fmt: skip
+    with torch.device("meta"):
+        return Limber.from_magma(path, encoder=trunk, device="meta", weights="float", dtype=torch.float16)
+
+
+def test_the_released_checkpoint_is_taken_whole(unmade, tmp_path):
+    """Every name and shape at the released size; tensors without memory, so nothing is quantised."""
+    found, path = released(), tmp_path / "mp_rank_00_model_states.pt"
+    limber = load_released(path, found, unmade)
+    assert {f"image_prefix.enc.{name}" for name in limber.encoder.trunk.state_dict()} == {
+        name for name in found if name.startswith("image_prefix.enc.")
     }  # fmt: skip
-    for part in ("q", "k", "v", "out"):
-        expected[f"lm.transformer.h.3.attn.attention.{part}_proj.weight"] = (4096, 4096)
-    assert {name: found[name] for name in expected} == expected
+    assert (limber.encoder.tokens, limber.projection.weight.shape) == (144, (4096, 3072))
+    model = limber.language_model
+    assert model.wte.shape == (50400, 4096) and model.config.adapter_width == 1024 and len(model.h) == 28
+    needed = {magma_name(name) for name in shapes(model.config)}
+    assert needed == {name for name in found if name.startswith("lm.") and not name.endswith(("tion.bias", "ed_bias"))}
+    wrong = {
+        "lm.transformer.h.27.mlp.1.adapter.2.bias": None, "image_prefix.enc.layer3.17.bn3.running_var": None,
+        "image_prefix.ln.bias": (4095,), "lm.transformer.wte.weight": (50401, 4096),
+        "lm.transformer.h.28.ln_1.weight": (4096,), "image_prefix.enc.attnpool.positional_embedding": (145, 3072),
+    }  # fmt: skip
+    for name, shape in wrong.items():
+        changed = {key: x for key, x in found.items() if key != name} | ({} if shape is None else {name: shape})
+        with pytest.raises(ValueError, match=re.escape(name)) as caught:
+            load_released(path, changed, unmade)
+        assert "\n" not in str(caught.value)
 
 
-def test_the_default_encoder_is_rn50x16s_grid():
-    """The names that CLIP's RN50x16 gives its tensors, and the widths of the released projection."""
-    found = encoder("clip-random")
-    state = {name: tuple(x.shape) for name, x in found.trunk.state_dict().items()}
-    assert (found.tokens, found.width) == (144, 3072) and not any("attnpool" in name for name in state)
-    assert state["conv1.weight"] == (48, 3, 3, 3) and state["layer4.7.conv3.weight"] == (3072, 768, 1, 1)
-    assert state["layer1.0.downsample.0.weight"] == (384, 96, 1, 1) and state["layer3.17.bn2.running_var"] == (384,)
+def test_the_default_encoder_is_rn50x16s_grid(unmade):
+    """What LiMBeR's own row is cut from too."""
+    assert (unmade.tokens, unmade.width) == (144, 3072)
+    assert not any("attnpool" in name for name in unmade.trunk.state_dict())
 
 
 def test_logits_are_the_plain_models(limber, exact):
