@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,6 +37,7 @@ class Miniature:
         return {
             "ceiling": self.limber[0].ceiling,
             "steps": self.limber[0].steps,
+            "left_out": self.limber[0].left_out,
             "seconds": sum(found.seconds for found in self.limber),
             "rows": rows,
             "bars": demo_limber.bars(rows),
@@ -48,12 +50,13 @@ class Miniature:
 
 def run(
     trainers: Sequence[Trainer], test_set: TestSet, benchmark: Benchmark, folders: Sequence[Path],
-    fit: Callable[[TrainConfig], Fit], *, full: bool, console: Console,
+    fit: Callable[[TrainConfig], Fit], *, full: bool, console: Console, until: float = math.inf,
 ) -> Miniature:  # fmt: skip
     """LiMBeR's rows with every trained CLIP; with `full` also those of the other encoders, which train as long as it.
 
     A seed's captions are scored by the CLIP of the next seed, not by the captioner's own encoder; one CLIP alone has no
-    scorer. What lies in the folders is used again where it is of the same weights and settings.
+    scorer. What lies in the folders is used again where it is of the same weights and settings. `until`: as of
+    `demo_limber.run`.
     """
     found = Miniature()
     clips = [(trainer.averaged_model(), trainer.tokenizer) for trainer in trainers]
@@ -71,7 +74,7 @@ def run(
         scorer = clips[(at + 1) % len(clips)] if len(clips) > 1 else None
         fitted = fit(trainer.config)
         said = Said(folder / "limber", fitted)
-        found.limber.append(demo_limber.run(towers, benchmark, fitted, said, console, scorer))
+        found.limber.append(demo_limber.run(towers, benchmark, fitted, said, console, scorer, until=until))
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 
-from limber_fast.demo_limber import CLIP, LABELS, bars, merged, missed_orders
+from limber_fast.demo_limber import CLIP, LABELS, RANDOM, bars, merged, missed_orders
 from limber_fast.evaluation.emoji_limber import SHOTS, Benchmark, Row
 from limber_fast.miniature import Miniature
 from limber_fast.report import charts, page
@@ -35,6 +35,7 @@ LACKS = (
     "Not in this run: the rows of a label-supervised, a self-supervised and a tuned encoder, and CLIPScore, which "
     "needs a second CLIP that is not the captioner's encoder: `limber-fast demo --full` has them."
 )
+RESUMED = "The same command with `--resume` adds them."
 PROBE_NOTE = (
     "Names of seen concepts within their group, on the unseen vendor's drawings: CLIP is told the names in words, the "
     "probe is logistic regression on the label-supervised tower's features, fitted on the training vendors' drawings."
@@ -76,7 +77,10 @@ def _intervals(found: Miniature) -> str:
 
 def order(found: Miniature) -> str:
     """Whether CIDEr-D falls as in the paper, and where it does not."""
-    missed = missed_orders(merged(found.limber))
+    summaries = merged(found.limber)
+    if not {LABELS, RANDOM} & {*summaries}:
+        return "No other encoder's CIDEr-D is here to compare CLIP's with."
+    missed = missed_orders(summaries)
     if missed:
         return f"The paper's order did not appear: {' '.join(missed)}"
     rest = "" if found.groups else ", of the rows that this run has"
@@ -103,7 +107,7 @@ def markdown(found: Miniature) -> str:
 
 
 def section(found: Miniature, benchmark: Benchmark, seed: int = 0, examples: int = 24) -> str:
-    summaries = merged(found.limber)
+    summaries, lacks = merged(found.limber), found.limber[0].left_out
     verdicts = [[what, figures, "yes" if ok else "no"] for what, figures, ok in bars(summaries)]
     ceiling = f"CIDEr-D of each concept's first name, the ceiling here: {found.limber[0].ceiling:.0f}."
     return page.section(
@@ -111,6 +115,7 @@ def section(found: Miniature, benchmark: Benchmark, seed: int = 0, examples: int
         "LiMBeR: what a language model says of the drawings",
         page.table(HEADER, table(found)),
         page.paragraph(f"{ceiling} {_intervals(found)} {NOTE} {FULL_NOTE if LABELS in summaries else ''}", "note"),
+        *([page.paragraph(f"Left out, as time was short: {', '.join(lacks)}. {RESUMED}")] if lacks else []),
         page.paragraph(order(found)),
         page.table(KINDS_HEADER, kinds(found)),
         page.paragraph(held(found)),

@@ -1,14 +1,17 @@
 """The demo's LiMBeR on its real data: the language model that ships, questions and answers, P fitted on naming."""
 
+import math
 import random
+import time
 
 import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("open_clip")
 pytest.importorskip("transformers")
 
-from limber_fast import demo_limber, miniature
+from limber_fast import demo, demo_limber, miniature
 from limber_fast.console import Console
 from limber_fast.data.emoji import EmojiDataset, concepts
 from limber_fast.data.emoji_questions import QUESTIONS, answer_of, main_colour
@@ -16,6 +19,7 @@ from limber_fast.evaluation.emoji_limber import BATCH, SHOTS, Benchmark, shuffle
 from limber_fast.models.clip import SmallResNet
 from limber_fast.models.limber import Limber
 from limber_fast.models.small_language_model import small_language_model
+from limber_fast.report import demo_limber as limber_report
 from limber_fast.training import other_encoders
 from limber_fast.training.config import TrainConfig
 from limber_fast.training.drawings import Drawings
@@ -168,6 +172,47 @@ def test_rows_are_scored_ordered_and_not_asked_again(tmp_path, monkeypatch):
     with pytest.raises(TypeError, match="NoneType"):  # of other settings nothing is taken
         other = demo_limber.Fit(seconds=5, seed=0, asked=4)
         demo_limber.run(towers, benchmark, other, demo_limber.Said(tmp_path, other), console)
+
+
+def test_rows_that_would_come_too_late_are_left_out_and_added_by_a_second_run(tmp_path):
+    some = torch.arange(0, 1200, 50)
+    train, test = Drawings.of(EmojiDataset("noto"))[some], Drawings.of(EmojiDataset("fluent-emoji-flat", "all"))[some]
+    benchmark = Benchmark(train, test, asked=4)
+    torch.manual_seed(0)
+    towers, fit = {demo_limber.CLIP: SmallResNet(8, 32, 8).eval()}, demo_limber.Fit(seconds=4, seed=0, asked=4)
+
+    def run(until):
+        ticks = iter(range(1000))
+        said = demo_limber.Said(tmp_path, fit)
+        return demo_limber.run(towers, benchmark, fit, said, Console(quiet=True), clock=lambda: next(ticks),
+                               until=until)  # fmt: skip
+
+    lacking = run(time.monotonic())
+    assert lacking.left_out == [demo_limber.RANDOM, demo_limber.TOLD]
+    assert list(lacking.rows) == [demo_limber.CLIP, demo_limber.BLIND, demo_limber.SHUFFLED, demo_limber.MAJORITY]
+    found = miniature.Miniature([lacking])
+    assert found.facts()["left_out"] == lacking.left_out and len(found.facts()["bars"]) == 3
+    assert "time was short: random, told in words. The same command" in limber_report.section(found, benchmark)
+    assert "No other encoder's CIDEr-D" in limber_report.order(found)
+    whole = run(time.monotonic() + 1000)
+    assert not whole.left_out and {*whole.rows} == {*lacking.rows, demo_limber.RANDOM, demo_limber.TOLD}
+    assert all(whole.summaries[name] == x for name, x in lacking.summaries.items())
+    assert "time was short" not in limber_report.section(miniature.Miniature([whole]), benchmark)
+
+
+def test_the_loss_is_timed_for_what_is_left(monkeypatch):
+    budgets = []
+    monkeypatch.setattr(demo, "sweep", lambda threads, budget, backend: budgets.append(budget) or [])
+    for left in (math.inf, 20, -5):
+        demo._time_loss(TrainConfig(minutes=5), time.monotonic() + left, Console(quiet=True))
+    assert budgets == [60, pytest.approx(20, abs=1), 1]
+
+
+@pytest.mark.parametrize("minutes, steps, full, whole", [(5, 0, False, 480), (20, 0, False, 1900), (1, 0, False, 240),
+                                                         (5, 9, False, math.inf), (5, 0, True, math.inf)])  # fmt: skip
+def test_the_whole_demo_has_an_end(minutes, steps, full, whole):
+    after = demo.rest(TrainConfig(minutes=minutes, steps=steps), full)
+    assert 60 * minutes + after + demo.PAGE <= whole and after > 150
 
 
 def test_an_order_that_did_not_appear_is_named():
