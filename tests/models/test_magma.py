@@ -14,7 +14,7 @@ pytest.importorskip("open_clip")
 pytest.importorskip("transformers")
 
 from gptj_cases import byte_tokenizer
-from magma_model import Magma
+from magma_model import Magma, released
 
 from limber_fast import GPTJ, GPTJConfig, Limber
 from limber_fast.models.encoders import encoder
@@ -67,51 +67,6 @@ def limber(path):
 
 def pixels_of(n):
     return torch.randn(n, 3, 224, 224, generator=torch.Generator().manual_seed(1))
-
-
-def released():
-    """Name and shape of every tensor of MAGMA's released checkpoint: CLIP's RN50x16 without its attention pooling, map
-    and LayerNorm, GPT-J-6B with adapters behind its MLPs, 50258 ids. GPT-J's masks, and what MAGMA registers twice."""
-    found = {}
-
-    def put(name, *shape, bias=False):
-        found[f"{name}.weight"] = shape
-        if bias:
-            found[f"{name}.bias"] = shape[:1]
-
-    def convolution(name, norm, out, into, size):
-        put(name, out, into, size, size)
-        put(norm, out, bias=True)
-        found.update({f"{norm}.running_mean": (out,), f"{norm}.running_var": (out,), f"{norm}.num_batches_tracked": ()})
-
-    enc, into = "image_prefix.enc", 96
-    for i, sizes in enumerate(((48, 3), (48, 48), (96, 48)), 1):
-        convolution(f"{enc}.conv{i}", f"{enc}.bn{i}", *sizes, 3)
-    for i, (blocks, width) in enumerate(((6, 96), (8, 192), (18, 384), (8, 768)), 1):
-        for j in range(blocks):
-            at = f"{enc}.layer{i}.{j}"
-            for k, (*sizes, size) in enumerate(((width, into, 1), (width, width, 3), (4 * width, width, 1)), 1):
-                convolution(f"{at}.conv{k}", f"{at}.bn{k}", *sizes, size)
-            if j == 0:
-                convolution(f"{at}.downsample.0", f"{at}.downsample.1", 4 * width, into, 1)
-            into = 4 * width
-    put("image_prefix.proj", 4096, 3072, bias=True)
-    put("image_prefix.ln", 4096, bias=True)
-    put("lm.transformer.wte", 50258, 4096)
-    put("lm.transformer.ln_f", 4096, bias=True)
-    put("lm.lm_head", 50400, 4096, bias=True)
-    for i in range(28):
-        at = f"lm.transformer.h.{i}"
-        put(f"{at}.ln_1", 4096, bias=True)
-        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            put(f"{at}.attn.attention.{part}", 4096, 4096)
-        found.update({f"{at}.attn.attention.bias": (1, 1, 2048, 2048), f"{at}.attn.attention.masked_bias": ()})
-        put(f"{at}.mlp.0.c_fc", 16384, 4096, bias=True)
-        put(f"{at}.mlp.0.c_proj", 4096, 16384, bias=True)
-        put(f"{at}.mlp.1.adapter.0", 1024, 4096, bias=True)
-        put(f"{at}.mlp.1.adapter.2", 4096, 1024, bias=True)
-    again = {name.removeprefix("lm."): x for name, x in found.items() if name.startswith("lm.transformer.h.")}
-    return found | again | {"word_embedding.weight": found["lm.transformer.wte.weight"]}
 
 
 @pytest.fixture
