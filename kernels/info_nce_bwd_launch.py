@@ -2,7 +2,8 @@
 
 A macro-tile is a square of dS that both products take; dS is computed for several side by side at a time.
 
-Memory: macro-tiles of dS within WORKSPACE bytes, and one fp32 accumulator of the text tower where gradients are 16-bit.
+Memory: macro-tiles of dS and spans of blocks within WORKSPACE bytes, 4 bytes a row or column for its weight, and one
+fp32 accumulator of the text tower where gradients are 16-bit.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ _SMALLEST_MACRO = 2048  # below it a macro-tile is the whole problem
 
 @lru_cache(maxsize=256)
 def macro_tiles(
-    n: int, m: int, d: int, size: int, accumulator: int, whole: int, ds: Tiles, dual: Tiles, sms: int
+    n: int, m: int, d: int, size: int, accumulator: int, room: int, whole: int, ds: Tiles, dual: Tiles, sms: int
 ) -> tuple[int, int]:
-    """Rows and columns of a macro-tile, and how many of them dS is computed for in one launch: what fits in the
-    workspace and leaves the fewest multiprocessors idle.
+    """Rows and columns of a macro-tile, and how many of them dS is computed for in one launch: what fits in `room`
+    bytes and leaves the fewest multiprocessors idle.
 
     Counted in steps of the products' depth on the busiest multiprocessor: a tile of dS takes D of them by its share of
     theirs, the products their depth; 53 and 51 more go to what surrounds a tile. At D = 768 a fixed 4096 left them idle
@@ -33,13 +34,13 @@ def macro_tiles(
     """
     best = (float("inf"), whole, 1)
     depth = d * ds.BLOCK_M * ds.BLOCK_N / (dual.BLOCK_M * dual.BLOCK_N)
-    for side in range(min(_SMALLEST_MACRO, triton.cdiv(max(n, m), whole) * whole), WORKSPACE, whole):
-        if side > _SMALLEST_MACRO and side * (side * size + d * accumulator) > WORKSPACE:
+    for side in range(min(_SMALLEST_MACRO, triton.cdiv(max(n, m), whole) * whole), room, whole):
+        if side > _SMALLEST_MACRO and side * (side * size + d * accumulator) > room:
             break
         blocks = (side // ds.BLOCK_M) * (side // ds.BLOCK_N)
         items = 2 * side // dual.BLOCK_M * triton.cdiv(d, dual.BLOCK_N)
         for count in range(1, triton.cdiv(m, side) + 1):
-            if count > 1 and side * (count * side * size + d * accumulator) > WORKSPACE:
+            if count > 1 and side * (count * side * size + d * accumulator) > room:
                 break
             tiles = triton.cdiv(count * blocks, sms) / count
             steps = tiles * (depth + 53) + triton.cdiv(items, sms) * (side + 51)
@@ -73,7 +74,11 @@ def info_nce_bwd(
 
     whole = max(ds.BLOCK_M, ds.BLOCK_N, dual.BLOCK_M)
     widest = max(columns.shape[0] for columns, _ in call.sides())
-    side, count = macro_tiles(n, widest, d, call.image.element_size(), 0 if direct else 4, whole, ds, dual, call.sms)
+    blocks = (triton.cdiv(n, whole) + triton.cdiv(widest, whole)) * (whole // min(ds.BLOCK_M, ds.BLOCK_N))
+    room = WORKSPACE - 12 * blocks  # spans
+    side, count = macro_tiles(
+        n, widest, d, call.image.element_size(), 0 if direct else 4, room, whole, ds, dual, call.sms
+    )
     tall, wide = (min(most, triton.cdiv(size, whole) * whole) for most, size in ((side, n), (count * side, widest)))
     g = call.new(tall, wide, dtype=call.image.dtype)
     block = None if direct or not need_image else call.new(tall, acc_stride)

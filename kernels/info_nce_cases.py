@@ -16,7 +16,7 @@ from limber_fast.kernels.recording import Launch, recording
 
 # Sizes that between them ask for every height of strips, and for bands that add to what others have merged.
 N, OTHER_SIZES = 8192, (128, 2500, 4096, 32768)
-SMS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
+SMS = {"sm_80": 108, "sm_89": 142, "sm_90": 132, "sm_100": 148}
 STEP_N, STEP_D = 32768, (512, 768, 1024)
 TARGETS = tuple(SMS)
 ARITHMETIC = {

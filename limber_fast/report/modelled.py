@@ -82,11 +82,15 @@ def main(args: argparse.Namespace, console: Console) -> int:
 
 
 def chip_here() -> str:
-    """The listed chip with the current CUDA device's major compute capability; sm_90 without such a device."""
-    if torch.cuda.is_available() and torch.version.hip is None:
-        major, _ = torch.cuda.get_device_capability()
-        return next((name for name, chip in CHIPS.items() if chip.capability // 10 == major), "sm_90")
-    return "sm_90"
+    """The listed chip with the current CUDA device's compute capability, or with its major one (of 8.x all but 8.0 have
+    the shared memory of 8.9); sm_90 without such a device.
+    """
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return "sm_90"
+    major, minor = torch.cuda.get_device_capability()
+    if major == 8:
+        return "sm_89" if minor else "sm_80"
+    return next((name for name, chip in CHIPS.items() if chip.capability // 10 == major), "sm_90")
 
 
 def select(target: str, part: str | None) -> list[Entry]:

@@ -33,7 +33,7 @@ def test_macro_tiles_fit_and_fill_the_chip(n, m, d):
     """G and the block of d_image's accumulator within the workspace; at most 5% of the last waves idle, of dS's and of
     the products'."""
     ds, tiles, sms = Tiles(128, 128, 64, 4, 3), Tiles(128, 256, 64, 8, 4), 132
-    side, count = macro_tiles(n, m, d, 2, 4, 128, ds, tiles, sms)
+    side, count = macro_tiles(n, m, d, 2, 4, WORKSPACE, 128, ds, tiles, sms)
     assert side % 128 == 0 and side * (2 * side * count + 4 * d) <= WORKSPACE
     assert count == 1 or (count - 1) * side < m
     if n == m == 32768:
