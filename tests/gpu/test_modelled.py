@@ -11,7 +11,7 @@ import torch
 
 from gpu import samples
 from limber_fast import cli
-from limber_fast.kernels import catalogue
+from limber_fast.kernels import catalogue, info_nce_cases
 from limber_fast.kernels.catalogue import Work
 from limber_fast.report import bounds, modelled
 from limber_fast.report.aot import compile_case, sass
@@ -167,8 +167,9 @@ def test_amd_is_listed_without_bounds(listed, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("capability", "target"),
-    [(None, "sm_90"), ((8, 0), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90"), ((10, 3), "sm_100"), ((12, 0), "sm_90")],
-)
+    [(None, "sm_90"), ((8, 0), "sm_80"), ((8, 6), "sm_89"), ((8, 9), "sm_89"), ((9, 0), "sm_90"), ((10, 3), "sm_100"),
+     ((12, 0), "sm_90")],
+)  # fmt: skip
 def test_the_chip_of_the_device_is_priced(capability, target, listed, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
@@ -181,3 +182,16 @@ def test_comparing_what_is_not_measured_is_refused(capsys):
     with pytest.raises(SystemExit):
         cli.main(["bench", "--modelled", "--compare", "old.json"])
     assert "--modelled measures nothing" in capsys.readouterr().err
+
+
+@pytest.mark.slow_gpu
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_tensor_cores_limit_info_nce(target):
+    """Every launch of a pass at D >= 512 that multiplies; on sm_100 the way from L2 into a multiprocessor does."""
+    found = {
+        (name, case.name): bounds.bound(compile_case(case, target), work, CHIPS[target]).limiter
+        for name, launches in info_nce_cases.steps(target).items()
+        for case, work in launches
+        if work.flops
+    }
+    assert len({kernel for _, kernel in found}) == 3 and set(found.values()) == {"tensor"}
