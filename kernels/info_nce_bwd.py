@@ -3,13 +3,16 @@
     dS_ij = a_i P_ij + b_j Q_ij - [positive] ... (csrc/cpu/info_nce_bwd.h has the formula),  d_image = scale dS T,
     d_text = scale dS^T I
 
-The workspace holds one macro-tile of G = dS / unit in the towers' dtype, unit the largest upstream gradient: |G| <= 2
-needs no care in 16 bits. `info_nce_ds_kernel` fills it, `info_nce_dual_kernel` multiplies it both ways into fp32
-accumulators; macro-tiles follow each other in launch order and each accumulator element has one writer per launch, so
-that L2's additions (TMA's) come in one order: the same bits on every run, and no atomic that others contend for, which
-leaves a variant with such nothing to win. Macro-tiles run along a row of blocks, so d_image's accumulator is one block
-of rows and only d_text's is whole. With fused normalisation G is divided by both norms, the products take the towers as
-they are, and the last kernel multiplies by the row's own norm again.
+The workspace holds macro-tiles of G = dS / unit in the towers' dtype, unit the largest upstream gradient: |G| <= 2
+needs no care in 16 bits. What a tile takes of its rows and columns is found once, before: a weight each, and the span
+of a block's log-sum-exps (`info_nce_weights_kernel`); positives are gathered by row. `info_nce_ds_kernel` fills it,
+`info_nce_dual_kernel` multiplies it both ways into fp32 accumulators; macro-tiles follow each other in launch order
+and each accumulator element has one writer per launch, so that L2's additions (TMA's) come in one order: the same bits
+on every run, and no atomic that others contend for, which leaves a variant with such nothing to win. Macro-tiles run
+along a row of blocks, so d_image's accumulator is one block of rows and only d_text's is whole. With fused
+normalisation G is divided by both norms, the products take the towers as they are, and the last kernel multiplies by
+the row's own norm again; in fp16 G is 2^14 times as large, for norms of a tower up to 2^14 apart: a row shorter than
+that adds nothing to the other tower's gradients.
 
 FLOP: 6 N (M + K) D: 2 to recompute, 4 for the products. Logarithms and exponents: base 2.
 
@@ -70,6 +73,12 @@ def expm1_of_minus(y):
     return tl.where(y < 0.25, p * y, tl.exp2(-y * 1.4426950408889634) - 1.0)
 
 
+@triton.jit
+def norm_in_g(norm, spread):
+    """What G is divided by for a row of this norm: below spread[0], whose weight would leave G's range, spread[1]."""
+    return tl.where(norm < tl.load(spread), tl.load(spread + 1), norm)
+
+
 @triton.jit(do_not_specialize=["n"])
 def info_nce_weights_kernel(state, grad, unit, weight, span, n, BLOCK: tl.constexpr):
     """weight = grad / unit 2^(centre - log-sum-exp) of a block of rows (or columns), zeros past the end, and its span:
@@ -91,8 +100,8 @@ def info_nce_weights_kernel(state, grad, unit, weight, span, n, BLOCK: tl.conste
 @triton.jit(do_not_specialize=["N", "M", "num_m", "num_n"])
 def info_nce_ds_kernel(
     image, text, scale, bias, image_norm, text_norm, labels, image_ids, text_ids, row_state, col_state, row_grad,
-    col_grad, row_weight, col_weight, row_span, col_span, unit, norm_unit, g, N, M, D, image_stride, text_stride, row0,
-    column0, num_m, num_n, g_stride, smoothing,
+    col_grad, row_weight, col_weight, row_span, col_span, unit, norm_unit, row_spread, col_spread, g, N, M, D,
+    image_stride, text_stride, row0, column0, num_m, num_n, g_stride, smoothing,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SPAN_M: tl.constexpr,
     SPAN_N: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_IDS: tl.constexpr, HAS_POSITIVE: tl.constexpr,
     HAS_COLUMNS: tl.constexpr, HAS_SMOOTHING: tl.constexpr, SIGMOID: tl.constexpr, NORMALIZE: tl.constexpr,
@@ -184,8 +193,8 @@ def info_nce_ds_kernel(
                 if (m0 + BLOCK_M > N) | (n0 + BLOCK_N > M):
                     tile_g = put_beyond(tile_g, N - m0, M - n0, 0.0, BLOCK_M, BLOCK_N, WARP_GROUPS)
             if NORMALIZE:
-                row_norm = tl.load(image_norm + rows, mask=row_live, other=1.0)
-                col_norm = tl.load(text_norm + columns, mask=col_live, other=1.0)
+                row_norm = norm_in_g(tl.load(image_norm + rows, mask=row_live, other=1.0), row_spread)
+                col_norm = norm_in_g(tl.load(text_norm + columns, mask=col_live, other=1.0), col_spread)
                 tile_g = tile_g * (norm_factor / row_norm)[:, None] / col_norm[None, :]
             base = g + (pm * BLOCK_M).to(tl.int64) * g_stride + pn * BLOCK_N
             at = tl.arange(0, BLOCK_M)[:, None] * g_stride + tl.arange(0, BLOCK_N)[None, :]
@@ -281,7 +290,7 @@ def info_nce_dual_kernel(
 
 @triton.jit(do_not_specialize=["n"])
 def info_nce_gradient_kernel(
-    acc, x, norm, out, scale, unit, norm_unit, n, D, x_stride, acc_stride,
+    acc, x, norm, out, scale, unit, norm_unit, spread, n, D, x_stride, acc_stride,
     NORMALIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """out = scale * unit * acc; through the fused normalisation u = x / |x| it is (g - u <u, g>) / |x|, or g / eps
@@ -295,7 +304,7 @@ def info_nce_gradient_kernel(
     line = rows.to(tl.int64)[:, None]
     if NORMALIZE:
         length = tl.load(norm + rows, mask=live, other=1.0)
-        factor = factor * (length / tl.load(norm_unit))
+        factor = factor * (norm_in_g(length, spread) / tl.load(norm_unit))
         for d in range(0, D, BLOCK_D):
             columns = d + tl.arange(0, BLOCK_D)
             mask = live[:, None] & (columns < D)[None, :]

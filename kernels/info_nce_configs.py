@@ -33,11 +33,11 @@ class Tiles:
 class Config:
     """Tiles of the forward, of dS and of the two products.
 
-    `narrow` replaces the first two where options (statistics, smoothing) keep more values beside the accumulator, with
-    `sigmoid_narrow` the forward of the sigmoid, `ds_crowded` the second with labels, ids or norms. `separate`: of the
-    tiles of dS that need two exponentials, within those of dS; by default the same with eight warps.
-    `redo`: of the tiles of the forward that need two exponentials. `sigmoid_warps`: of the sigmoid's narrow forward, if
-    others than `narrow` says.
+    `narrow` replaces the forward's where options (statistics, smoothing) keep more values beside the accumulator, with
+    `sigmoid_narrow` the sigmoid's, whose warps are then `sigmoid_warps` if given, and dS's of 16-bit towers with
+    smoothing. `forward_crowded`: with ids or norms, and of the sigmoid; `ds_crowded`: with labels, ids or norms.
+    `redo`, `separate`: of the tiles of the forward and of dS that need two exponentials, within theirs; by default the
+    same with eight warps. `tensor_memory`: accumulators come to registers from there, a row a thread.
     """
 
     forward: Tiles
@@ -74,10 +74,11 @@ _HOPPER_FP16 = replace(
     _HOPPER_16, forward_crowded=Tiles(128, 128, 64, 8, 3), redo=Tiles(128, 64, 64, 8, 3)
 )
 # Other compilers than Triton 3.8 need more registers: with four warps 3.6 spills 2 (forward) and 53 (dS), 3.9 6 in the
-# forward; 5 in the sigmoid's forward with eight.
+# forward; 5 in the sigmoid's forward with eight, 1 with norms.
 _HOPPER_16_EIGHT_WARPS = replace(
-    _HOPPER_16, forward=Tiles(128, 128, 64, 8, 3), ds=Tiles(128, 128, 64, 8, 3), sigmoid_narrow=True
-)
+    _HOPPER_16, forward=Tiles(128, 128, 64, 8, 3), ds=Tiles(128, 128, 64, 8, 3), sigmoid_narrow=True,
+    forward_crowded=Tiles(128, 64, 64, 8, 3),
+)  # fmt: skip
 # Accumulators live in tensor memory and come to registers a row a thread: column sums of one tile cost five shuffles a
 # value, kept over a strip one addition (2.7 times the modelled rate). What limits it then is L2's way into an SM: 64
 # bytes a cycle feed 54% of the tensor cores at 128 x 128, 71% at 256 x 128. The forward's sums need all registers there
@@ -95,16 +96,21 @@ _BLACKWELL_16 = Config(
     tensor_memory=True,
 )
 _AMPERE_16 = Config(
+    # As sums of single tiles the column sums' shuffles took shared memory 1.14 times as long as the products took, at
+    # D = 512. With four warps 165 spill.
     forward=Tiles(128, 128, 32, 8, 4, kept=2),
-    # With four warps the forward spills 18 registers, dS of the sigmoid variant 90.
     ds=Tiles(128, 128, 32, 8, 4),
     dual=Tiles(128, 128, 32, 8, 4),
     narrow=Tiles(128, 64, 32, 8, 4),
     tma=False,
 )
+# 8.6 and 8.9: at 128 x 64 the statistics spill 44 registers, at 128 x 128 the sigmoid 4.
+_ADA_16 = replace(_AMPERE_16, narrow=Tiles(128, 32, 32, 8, 4), sigmoid_narrow=True)
 # Rows that are not whole 16 bytes, on any chip: the masks of such loads take the registers of half a tile (at
 # 128 x 128 the products spill 1 to 7).
-_RAGGED_16 = replace(_AMPERE_16, forward=Tiles(128, 128, 32, 8, 4), dual=Tiles(128, 64, 32, 8, 4))
+_RAGGED_16 = replace(
+    _AMPERE_16, forward=Tiles(128, 128, 32, 8, 4), dual=Tiles(128, 64, 32, 8, 4), separate=Tiles(128, 64, 32, 8, 4)
+)  # fmt: skip
 _RAGGED_FP16 = replace(_RAGGED_16, ds=Tiles(128, 64, 32, 8, 4))  # on sm_90 1 and 7 spill at 128 x 128
 _RAGGED_BLACKWELL_16 = replace(
     _RAGGED_16, forward=Tiles(128, 32, 32, 8, 4), ds=Tiles(128, 32, 32, 8, 4), narrow=Tiles(128, 32, 32, 8, 4)
@@ -126,8 +132,10 @@ _IEEE = Config(
     narrow=Tiles(64, 32, 16, 4, 2),
     tma=False,
 )
-# 3.9 spills 3 on sm_90: at 64 x 64 in the sigmoid's dS, with eight warps in that of ids.
-_IEEE_NARROW = replace(_IEEE, ds=Tiles(64, 32, 16, 4, 2))
+# 3.9 spills 3 on sm_90: at 64 x 64 in the sigmoid's dS, with eight warps 1 to 4 in tiles with two exponentials.
+_IEEE_NARROW = replace(
+    _IEEE, ds=Tiles(64, 32, 16, 4, 2), separate=Tiles(64, 32, 16, 4, 2), redo=Tiles(64, 32, 16, 4, 2)
+)  # fmt: skip
 _AMPERE_IEEE = replace(_IEEE, dual=Tiles(64, 64, 16, 4, 2))  # with eight warps 2 to 5 spill; on sm_90 with four
 _RAGGED_AMPERE_IEEE = replace(_IEEE, dual=Tiles(64, 32, 16, 4, 2))  # 4 at 64 x 64
 # Tensor memory again: at the tiles above tf32 spills up to 318 registers, and dS of ragged fp32 rows 22.
@@ -176,4 +184,4 @@ def choose(capability: tuple[int, int], dtype: torch.dtype, precision: str, alig
         if not known:
             return _HOPPER_16_EIGHT_WARPS
         return _HOPPER_FP16 if dtype == torch.float16 else _HOPPER_16
-    return _AMPERE_16
+    return _ADA_16 if capability > (8, 0) else _AMPERE_16

@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from limber_fast.kernels import info_nce as forward
-from limber_fast.kernels import info_nce_sigmoid
+from limber_fast.kernels import info_nce_redo, info_nce_sigmoid
 from limber_fast.kernels.info_nce_configs import Config, Tiles
 
 WORKSPACE = 64 << 20
@@ -252,7 +252,7 @@ def _band(
                 **product,
             )  # fmt: skip
             redone = call.redo_tiles(tiles)
-            forward.info_nce_redo_kernel[grid](
+            info_nce_redo.info_nce_redo_kernel[grid](
                 **common, **side, SPAN_N=tiles.BLOCK_N, WARP_GROUPS=call.warp_groups(redone), **call.product(redone),
             )  # fmt: skip
         first += num_n

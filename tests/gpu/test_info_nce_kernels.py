@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import cases
 import pytest
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gpu.launching import ENGINES, on, on_engines, running, send_to_triton
 from limber_fast import info_nce
+from limber_fast.backends.triton import device
 from limber_fast.kernels import info_nce_bwd_launch, info_nce_launch
 from limber_fast.kernels.info_nce_launch import tma_can_read
 from limber_fast.reference.info_nce import info_nce as reference
@@ -28,7 +29,8 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, pois
 class Call:
     """One call of the op: kind of data, shape, dtype, options of the op; `gap` columns of NaN after every tower row.
 
-    scaled: by how much the images are multiplied. scale_by: by how much the logit scale is.
+    scaled: by how much the images are multiplied, short: by how much one of them is. scale_by: by how much the logit
+    scale is.
     """
 
     data: str = "unit"
@@ -37,6 +39,7 @@ class Call:
     options: dict = field(default_factory=dict)
     extra: int = 0
     scaled: float = 1.0
+    short: float = 1.0
     scale_by: float = 1.0
     gap: int = 0
 
@@ -44,6 +47,7 @@ class Call:
         n, m, d = self.shape
         image, text, scale = cases.towers(self.data, n, m, d, self.dtype)
         image = image * self.scaled
+        image[5:6] *= self.short
         if self.gap:
             image, text = (torch.nn.functional.pad(x, (0, self.gap), value=torch.nan)[:, :d] for x in (image, text))
         inputs = [image, text, torch.tensor(scale * self.scale_by), torch.tensor(-2.0)]
@@ -74,6 +78,7 @@ CALLS = {
     "smoothing": Call(options={"label_smoothing": 0.1}, extra=20),
     "normalize": Call(options={"normalize": True}, scaled=3.0),
     "normalize_fp16": Call(options={"normalize": True}, scaled=3.0, dtype=torch.float16),
+    "normalize_short": Call(options={"normalize": True}, scaled=3.0, short=1e-3, dtype=torch.float16),
     "weights": Call(options={"weights": torch.linspace(0, 2, 130)}),
     "siglip": Call(options={"variant": "sigmoid"}, extra=20),
 }
@@ -123,6 +128,33 @@ def test_against_float64(engine, name):
     slack = max(cases.FLOOR[call.dtype], fp32) * largest
     of_eager = (eager["logit_scale"] - true["logit_scale"]).abs()
     assert (found["logit_scale"] - true["logit_scale"]).abs() <= 2 * of_eager + slack
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_tiles_of_tensor_memory(name, monkeypatch, poisoned):
+    """Interpreted: nothing here executes the code of sm_100."""
+    send_to_triton(monkeypatch, "info_nce", "interpreted")
+    monkeypatch.setattr(info_nce_launch, "PROGRAMS", 1)
+    monkeypatch.setattr(device, "chip", lambda where: ((10, 0), 3))
+    test_against_float64("interpreted", name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_rows_without_length_leave_the_others_theirs(dtype, monkeypatch, poisoned):
+    """fp16 has no room for a gradient over 1e-12 beside the others'."""
+    send_to_triton(monkeypatch, "info_nce", "interpreted")
+    call = Call(options={"normalize": True}, scaled=3.0, short=0.0, dtype=dtype)
+    with running("interpreted"):
+        found = _gradients(info_nce, call)
+    true = _gradients(reference, call, torch.float64)
+    whole = replace(call, short=1.0)  # a row of zeros is nothing that eager has an error for
+    of_eager, of_whole = _gradients(_dense, whole), _gradients(reference, whole, torch.float64)
+    others = torch.arange(len(true["image"])) != 5
+    for output, rows in (("image", others), ("text", slice(None))):
+        error, allowed = (
+            max(cases.errors(x[output][rows], y[output][rows])) for x, y in ((found, true), (of_eager, of_whole))
+        )
+        assert error <= 2 * allowed + cases.FLOOR[dtype], output
 
 
 @on_engines("name", ("clip", "extra", "siglip"), kept=("clip", "siglip"))
