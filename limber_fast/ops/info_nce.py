@@ -102,8 +102,8 @@ def info_nce(
         return_stats: also return `InfoNceStats`.
         cache_mb: MiB of tiles that the forward pass may keep for the backward pass (6 N M D flop instead of 8 where
             all fit; on the CPU 10 instead of 8 for 16-bit images of more than 64 Mi values beside more text rows than
-            96 MiB of panels hold); 0 turns it off, inf keeps all. Nothing is kept where no tower needs a gradient, nor
-            by the Triton kernels, but the norms with `normalize`. The last bits of the loss may depend on it.
+            96 MiB of panels hold); 0 turns it off, inf keeps all. Nothing is kept where no tower needs a gradient, and
+            on a GPU the norms alone, with `normalize`. The last bits of the loss may depend on it.
         backend: 'auto', 'cpu', 'cuda', 'triton' or 'eager'; see `limber_fast.use_backend`.
         group: a torch.distributed process group, such as torch.distributed.group.WORLD: image and text are this rank's
             rows (any number of them) and the loss is that of the rows of all ranks. See below.
