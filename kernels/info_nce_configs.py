@@ -136,7 +136,8 @@ _IEEE = Config(
 _IEEE_NARROW = replace(
     _IEEE, ds=Tiles(64, 32, 16, 4, 2), separate=Tiles(64, 32, 16, 4, 2), redo=Tiles(64, 32, 16, 4, 2)
 )  # fmt: skip
-_AMPERE_IEEE = replace(_IEEE, dual=Tiles(64, 64, 16, 4, 2))  # with eight warps 2 to 5 spill; on sm_90 with four
+# The products spill 2 to 5 with eight warps, on sm_90 with four; dS with all options 1 at 64 x 64.
+_AMPERE_IEEE = replace(_IEEE, dual=Tiles(64, 64, 16, 4, 2), ds_crowded=Tiles(64, 32, 16, 4, 2))
 _RAGGED_AMPERE_IEEE = replace(_IEEE, dual=Tiles(64, 32, 16, 4, 2))  # 4 at 64 x 64
 # Tensor memory again: at the tiles above tf32 spills up to 318 registers, and dS of ragged fp32 rows 22.
 _TF32_BLACKWELL = Config(
