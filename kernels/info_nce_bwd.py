@@ -73,12 +73,6 @@ def expm1_of_minus(y):
     return tl.where(y < 0.25, p * y, tl.exp2(-y * 1.4426950408889634) - 1.0)
 
 
-@triton.jit
-def norm_in_g(norm, spread):
-    """What G is divided by for a row of this norm: below spread[0], whose weight would leave G's range, spread[1]."""
-    return tl.where(norm < tl.load(spread), tl.load(spread + 1), norm)
-
-
 @triton.jit(do_not_specialize=["n"])
 def info_nce_weights_kernel(state, grad, unit, weight, span, n, BLOCK: tl.constexpr):
     """weight = grad / unit 2^(centre - log-sum-exp) of a block of rows (or columns), zeros past the end, and its span:
@@ -100,7 +94,7 @@ def info_nce_weights_kernel(state, grad, unit, weight, span, n, BLOCK: tl.conste
 @triton.jit(do_not_specialize=["N", "M", "num_m", "num_n"])
 def info_nce_ds_kernel(
     image, text, scale, bias, image_norm, text_norm, labels, image_ids, text_ids, row_state, col_state, row_grad,
-    col_grad, row_weight, col_weight, row_span, col_span, unit, norm_unit, row_spread, col_spread, g, N, M, D,
+    col_grad, row_weight, col_weight, row_span, col_span, unit, norm_unit, row_norm_g, col_norm_g, g, N, M, D,
     image_stride, text_stride, row0, column0, num_m, num_n, g_stride, smoothing,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SPAN_M: tl.constexpr,
     SPAN_N: tl.constexpr, HAS_LABELS: tl.constexpr, HAS_IDS: tl.constexpr, HAS_POSITIVE: tl.constexpr,
@@ -193,8 +187,8 @@ def info_nce_ds_kernel(
                 if (m0 + BLOCK_M > N) | (n0 + BLOCK_N > M):
                     tile_g = put_beyond(tile_g, N - m0, M - n0, 0.0, BLOCK_M, BLOCK_N, WARP_GROUPS)
             if NORMALIZE:
-                row_norm = norm_in_g(tl.load(image_norm + rows, mask=row_live, other=1.0), row_spread)
-                col_norm = norm_in_g(tl.load(text_norm + columns, mask=col_live, other=1.0), col_spread)
+                row_norm = tl.load(row_norm_g + rows, mask=row_live, other=1.0)
+                col_norm = tl.load(col_norm_g + columns, mask=col_live, other=1.0)
                 tile_g = tile_g * (norm_factor / row_norm)[:, None] / col_norm[None, :]
             base = g + (pm * BLOCK_M).to(tl.int64) * g_stride + pn * BLOCK_N
             at = tl.arange(0, BLOCK_M)[:, None] * g_stride + tl.arange(0, BLOCK_N)[None, :]
@@ -290,11 +284,11 @@ def info_nce_dual_kernel(
 
 @triton.jit(do_not_specialize=["n"])
 def info_nce_gradient_kernel(
-    acc, x, norm, out, scale, unit, norm_unit, spread, n, D, x_stride, acc_stride,
+    acc, x, norm, norm_g, out, scale, unit, norm_unit, n, D, x_stride, acc_stride,
     NORMALIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """out = scale * unit * acc; through the fused normalisation u = x / |x| it is (g - u <u, g>) / |x|, or g / eps
-    where the norm is eps. acc and out may be the same memory.
+    where the norm is eps. norm_g: what G was divided by. acc and out may be the same memory.
     """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = rows < n
@@ -304,7 +298,7 @@ def info_nce_gradient_kernel(
     line = rows.to(tl.int64)[:, None]
     if NORMALIZE:
         length = tl.load(norm + rows, mask=live, other=1.0)
-        factor = factor * (norm_in_g(length, spread) / tl.load(norm_unit))
+        factor = factor * (tl.load(norm_g + rows, mask=live, other=1.0) / tl.load(norm_unit))
         for d in range(0, D, BLOCK_D):
             columns = d + tl.arange(0, BLOCK_D)
             mask = live[:, None] & (columns < D)[None, :]

@@ -60,7 +60,7 @@ def info_nce_bwd(
     grads = [row_grad, *([] if col_grad is None else [col_grad])]
     unit = torch.stack([g.abs().nan_to_num(0.0, 0.0).amax() for g in grads]).amax()
     unit = torch.where(unit > 0, unit, torch.ones_like(unit))
-    spreads, norm_unit = _spreads(call, norms) if norms else ({}, unit)
+    norms_g, norm_unit = _norms_of_g(call, norms) if norms else ({}, unit)
     direct = call.image.dtype == torch.float32  # the gradient itself accumulates
     acc_stride = d if direct else triton.cdiv(d, 4) * 4  # a descriptor's rows are whole 16 bytes
 
@@ -86,9 +86,9 @@ def info_nce_bwd(
     if col_grad is not None:
         weights |= _weights(col, col_grad, unit, ds.BLOCK_N, whole, "col")
 
-    def gradient(acc: Tensor, x: Tensor, out: Tensor, norm: Tensor, spread: Tensor) -> None:
+    def gradient(acc: Tensor, x: Tensor, out: Tensor, norm: Tensor, norm_g: Tensor) -> None:
         backward.info_nce_gradient_kernel[(triton.cdiv(len(x), 32),)](
-            acc, x, norm, out, call.scale, unit, norm_unit, spread, len(x), d, x.stride(0), acc_stride,
+            acc, x, norm, norm_g, out, call.scale, unit, norm_unit, len(x), d, x.stride(0), acc_stride,
             NORMALIZE=call.normalize, BLOCK_M=32, BLOCK_D=min(128, triton.next_power_of_2(d)),
         )  # fmt: skip
 
@@ -102,7 +102,7 @@ def info_nce_bwd(
                 left = triton.cdiv(columns.shape[0] - column0, whole) * whole
                 at = column0 % (count * side)
                 if at == 0:
-                    _fill(call, columns, is_text, norms, spreads, row, col, row_grad, col_grad, weights, unit,
+                    _fill(call, columns, is_text, norms, norms_g, row, col, row_grad, col_grad, weights, unit,
                           norm_unit, g, row0, column0, h, min(wide, left))  # fmt: skip
                 w = min(side, left)
                 image_items = 0 if d_image is None else h // dual.BLOCK_M * num_d
@@ -120,28 +120,25 @@ def info_nce_bwd(
                 first_image = False
         if d_image is not None:
             rows = slice(row0, min(row0 + tall, n))
-            norm = norms[id(call.image)][rows] if norms else unit
-            gradient(d_image[rows] if direct else block, call.image[rows], d_image[rows], norm,
-                     spreads.get(id(call.image), unit))  # fmt: skip
+            norm, norm_g = (x[id(call.image)][rows] if x else unit for x in (norms, norms_g))
+            gradient(d_image[rows] if direct else block, call.image[rows], d_image[rows], norm, norm_g)
     for (columns, _), out, acc in zip(call.sides(), outputs, sums, strict=True):
         if out is not None:
-            gradient(acc, columns, out, norms.get(id(columns), unit), spreads.get(id(columns), unit))
+            gradient(acc, columns, out, norms.get(id(columns), unit), norms_g.get(id(columns), unit))
     return d_image, outputs[0], outputs[1] if len(outputs) > 1 else None
 
 
-def _spreads(call: Call, norms: dict[int, Tensor]) -> tuple[dict[int, Tensor], Tensor]:
-    """Of each tower the shortest norm that G is divided by and the longest, and the unit of norms: of the powers of two
-    of fp16, whose largest is 2^15, |G| <= 2 leaves 14.
+def _norms_of_g(call: Call, norms: dict[int, Tensor]) -> tuple[dict[int, Tensor], Tensor]:
+    """What G is divided by for each row, and the unit of their products. Of the powers of two of fp16, whose largest is
+    2^15, |G| <= 2 leaves 14 to norms; a row whose norm lies further from the longest counts as long as that one.
     """
-    narrow = call.image.dtype == torch.float16
-    found, shortest = {}, []
-    for x in (call.image, *(columns for columns, _ in call.sides())):
-        low, top = norms[id(x)].aminmax()
-        floor = top * (2.0**-14 if narrow else 0.0)
-        found[id(x)] = torch.stack([floor, top])
-        shortest.append(torch.maximum(low, floor))
-    image, *columns = shortest
-    return found, image * torch.stack(columns).amin() * (2.0**14 if narrow else 1.0)
+    found, narrow = dict(norms), call.image.dtype == torch.float16
+    if narrow:
+        for key, norm in norms.items():
+            top = norm.amax()
+            found[key] = torch.where(norm < top * 2.0**-14, top, norm)
+    least = [found[id(columns)].amin() for columns, _ in call.sides()]
+    return found, found[id(call.image)].amin() * torch.stack(least).amin() * (2.0**14 if narrow else 1.0)
 
 
 def _weights(state: Tensor, grad: Tensor, unit: Tensor, block: int, whole: int, side: str) -> dict[str, Tensor]:
@@ -154,7 +151,7 @@ def _weights(state: Tensor, grad: Tensor, unit: Tensor, block: int, whole: int, 
 
 
 def _fill(
-    call: Call, columns: Tensor, is_text: bool, norms: dict[int, Tensor], spreads: dict[int, Tensor], row: Tensor,
+    call: Call, columns: Tensor, is_text: bool, norms: dict[int, Tensor], norms_g: dict[int, Tensor], row: Tensor,
     col: Tensor, row_grad: Tensor, col_grad: Tensor | None, weights: dict[str, Tensor], unit: Tensor,
     norm_unit: Tensor, g: Tensor, row0: int, column0: int, h: int, w: int,
 ) -> None:  # fmt: skip
@@ -167,8 +164,8 @@ def _fill(
         backward.info_nce_ds_kernel[call.grid(num_m * num_n)](
             **call.towers(columns, norms), **call.selectors(), **call.flags(is_text), bias=call.bias, row_state=row,
             col_state=col, row_grad=row_grad, col_grad=row_grad if col_grad is None else col_grad, **unused | weights,
-            unit=unit, norm_unit=norm_unit, row_spread=spreads.get(id(call.image), unit),
-            col_spread=spreads.get(id(columns), unit), g=g, row0=row0, column0=column0, num_m=num_m, num_n=num_n,
+            unit=unit, norm_unit=norm_unit, row_norm_g=norms_g.get(id(call.image), unit),
+            col_norm_g=norms_g.get(id(columns), unit), g=g, row0=row0, column0=column0, num_m=num_m, num_n=num_n,
             g_stride=g.shape[1], smoothing=call.label_smoothing, GROUP=call.config.group, SPAN_M=span.BLOCK_M,
             SPAN_N=span.BLOCK_N, HAS_COLUMNS=call.columns and is_text, HAS_SMOOTHING=call.label_smoothing > 0,
             SIGMOID=call.sigmoid, SEPARATE=separate, WIDE=call.image.dtype == torch.float32,
