@@ -82,14 +82,14 @@ _HOPPER_16_EIGHT_WARPS = replace(
 # Accumulators live in tensor memory and come to registers a row a thread: column sums of one tile cost five shuffles a
 # value, kept over a strip one addition (2.7 times the modelled rate). What limits it then is L2's way into an SM: 64
 # bytes a cycle feed 54% of the tensor cores at 128 x 128, 71% at 256 x 128. The forward's sums need all registers there
-# is at 128 x 128, and dS's take 35 too many with labels, ids or norms at 256 x 128.
+# is at 128 x 128, and dS's take 35 too many with labels, ids or norms at 256 x 128 (with norms 49 at 128 x 128).
 _BLACKWELL_16 = Config(
     forward=Tiles(128, 128, 64, 8, 4, kept=4),
     forward_crowded=Tiles(128, 64, 64, 8, 4, kept=4),
     redo=Tiles(128, 32, 64, 8, 4),
     ds=Tiles(256, 128, 64, 8, 4),
-    ds_crowded=Tiles(128, 128, 64, 8, 4),
-    separate=Tiles(128, 64, 64, 8, 4),
+    ds_crowded=Tiles(128, 64, 64, 8, 4),
+    separate=Tiles(128, 32, 64, 8, 4),
     dual=Tiles(256, 128, 64, 8, 4),
     narrow=Tiles(128, 32, 64, 8, 4),
     tma=True,
