@@ -74,10 +74,10 @@ _HOPPER_FP16 = replace(
     _HOPPER_16, forward_crowded=Tiles(128, 128, 64, 8, 3), redo=Tiles(128, 64, 64, 8, 3)
 )
 # Other compilers than Triton 3.8 need more registers: with four warps 3.6 spills 2 (forward) and 53 (dS), 3.9 6 in the
-# forward; 5 in the sigmoid's forward with eight, 1 with norms.
+# forward; 5 in the sigmoid's forward with eight, 1 with norms. 3.6 spills 94 with all options at 128 x 64.
 _HOPPER_16_EIGHT_WARPS = replace(
     _HOPPER_16, forward=Tiles(128, 128, 64, 8, 3), ds=Tiles(128, 128, 64, 8, 3), sigmoid_narrow=True,
-    forward_crowded=Tiles(128, 64, 64, 8, 3),
+    forward_crowded=Tiles(128, 64, 64, 8, 3), separate=Tiles(128, 64, 64, 8, 3), narrow=Tiles(128, 32, 64, 8, 3),
 )  # fmt: skip
 # Accumulators live in tensor memory and come to registers a row a thread: column sums of one tile cost five shuffles a
 # value, kept over a strip one addition (2.7 times the modelled rate). What limits it then is L2's way into an SM: 64
@@ -123,7 +123,8 @@ _TF32 = Config(
     narrow=Tiles(64, 64, 32, 8, 3),
     tma=False,
 )
-_RAGGED_TF32 = replace(_TF32, forward=Tiles(128, 64, 32, 8, 3))  # on sm_90 128 x 128 spills 20
+# On sm_90 128 x 128 spills 20; 3.6 7 with all options at 64 x 64.
+_RAGGED_TF32 = replace(_TF32, forward=Tiles(128, 64, 32, 8, 3), narrow=Tiles(64, 32, 32, 8, 3))
 # IEEE products run on the FMA pipe, whose operands are registers: small tiles.
 _IEEE = Config(
     forward=Tiles(64, 64, 16, 4, 2),
@@ -132,9 +133,10 @@ _IEEE = Config(
     narrow=Tiles(64, 32, 16, 4, 2),
     tma=False,
 )
-# 3.9 spills 3 on sm_90: at 64 x 64 in the sigmoid's dS, with eight warps 1 to 4 in tiles with two exponentials.
+# On sm_90 3.9 spills 3 at 64 x 64 in the sigmoid's dS, with eight warps 1 to 4 in tiles with two exponentials; 3.6 2 at
+# 64 x 32.
 _IEEE_NARROW = replace(
-    _IEEE, ds=Tiles(64, 32, 16, 4, 2), separate=Tiles(64, 32, 16, 4, 2), redo=Tiles(64, 32, 16, 4, 2)
+    _IEEE, ds=Tiles(32, 32, 16, 4, 2), separate=Tiles(32, 32, 16, 4, 2), redo=Tiles(64, 32, 16, 4, 2)
 )  # fmt: skip
 # The products spill 2 to 5 with eight warps, on sm_90 with four; dS with all options 1 at 64 x 64.
 _AMPERE_IEEE = replace(_IEEE, dual=Tiles(64, 64, 16, 4, 2), ds_crowded=Tiles(64, 32, 16, 4, 2))
