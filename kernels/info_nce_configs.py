@@ -62,6 +62,7 @@ _HOPPER_16 = Config(
     # sums of single tiles took 2336: 1496 in 374 shuffles a thread. In one piece a strip's spill 16 registers.
     forward=Tiles(128, 128, 64, 4, 3, pieces=2, kept=4),
     ds=Tiles(128, 128, 64, 4, 3),
+    separate=Tiles(128, 64, 64, 8, 3),  # at 128 x 128 norms spill 5
     # The products' epilogue is their fp32 accumulators' way to L2, which adds them up: 1096 cycles to 87918; loaded,
     # added and stored through shared memory they took 4576. The widest tile halves what L2 must deliver.
     dual=Tiles(128, 256, 64, 8, 4),
@@ -77,7 +78,7 @@ _HOPPER_FP16 = replace(
 # forward; 5 in the sigmoid's forward with eight, 1 with norms. 3.6 spills 94 with all options at 128 x 64.
 _HOPPER_16_EIGHT_WARPS = replace(
     _HOPPER_16, forward=Tiles(128, 128, 64, 8, 3), ds=Tiles(128, 128, 64, 8, 3), sigmoid_narrow=True,
-    forward_crowded=Tiles(128, 64, 64, 8, 3), separate=Tiles(128, 64, 64, 8, 3), narrow=Tiles(128, 32, 64, 8, 3),
+    forward_crowded=Tiles(128, 64, 64, 8, 3), narrow=Tiles(128, 32, 64, 8, 3),
 )  # fmt: skip
 # Accumulators live in tensor memory and come to registers a row a thread: column sums of one tile cost five shuffles a
 # value, kept over a strip one addition (2.7 times the modelled rate). What limits it then is L2's way into an SM: 64

@@ -122,8 +122,9 @@ class Call:
 
     def redo_tiles(self, tiles: Tiles) -> Tiles:
         """Of the forward's tiles that need two exponentials."""
-        if self.config.redo is not None and self.config.redo.BLOCK_N <= tiles.BLOCK_N:
-            return self.config.redo
+        own = self.config.redo
+        if own is not None and own.BLOCK_M == tiles.BLOCK_M and own.BLOCK_N <= tiles.BLOCK_N:
+            return own
         return replace(tiles, num_warps=8)
 
     def warp_groups(self, tiles: Tiles) -> int:
@@ -136,7 +137,7 @@ class Call:
     def norms(self, known: bool = False) -> dict[int, Tensor]:
         """Row norms of each tower; `known`: those that the forward pass has left in `kept`."""
         found: dict[int, Tensor] = {}
-        at = 0
+        at = 0  # one tensor twice has two places: the backward pass may not know it for one
         for x in (self.image, self.text, self.extra) if self.normalize else ():
             if x is None:
                 continue
